@@ -1,0 +1,1 @@
+"""Theory: roofline models of language-model inference, on the standard library alone."""

@@ -1,0 +1,205 @@
+"""The cost of each operator of a forward pass: FLOPs, and bytes by kind.
+
+Every function is plain arithmetic on its arguments, so that the same lines give an answer
+(numbers), a sweep (arrays), a formula (symbols) and, printed from those symbols, JavaScript.
+Nothing is checked here; sizes are checked where they enter, in `ForwardPass` and `config`.
+
+Symbols, as in the book: b batch, n new tokens, c cached tokens, t = b n rows; w, a, k bytes
+per weight, activation and cache element. FLOPs, not MACs: hence the 2. Softmax counts 5 FLOPs
+an element and a norm 7 (survey, section 2.3); rotary embeddings count as fused, at no cost.
+
+Chapter: one forward pass.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rooflm.roofline.numeric import Number
+
+SOFTMAX_FLOPS = 5  # maximum, subtract, exponential, sum, divide
+NORM_FLOPS = 7  # sum, subtract, square, sum, divide, multiply, add
+
+
+class Operator(NamedTuple):
+    """One kernel's work, for one layer.
+
+    `flops` in FLOPs; the others in bytes. `rate` says whose roof limits it: "linear" (weights
+    by activations), "attention" (activations by KV cache) or "vector" (activations alone).
+    """
+
+    name: str
+    rate: str
+    flops: Number
+    weight_bytes: Number = 0
+    activations_read: Number = 0
+    activations_written: Number = 0
+    kv_read: Number = 0
+    kv_written: Number = 0
+
+
+def causal_pairs(b: Number, n: Number, c: Number) -> Number:
+    """Query-key pairs of a causal pass: token i of a sequence sees c + i positions.
+
+    >>> causal_pairs(1, 4, 0), causal_pairs(2, 1, 9)
+    (10.0, 20.0)
+    """
+    return b * (n * c + n * (n + 1) / 2)
+
+
+def linear(
+    name: str, t: Number, d_in: Number, d_out: Number, bias: Number, w: Number, a: Number
+) -> Operator:
+    """A projection of t rows from d_in to d_out features; bias is 1 or 0.
+
+    >>> linear("q_proj", 2048, 4096, 4096, 0, 2, 2).flops
+    68719476736
+    """
+    return Operator(
+        name,
+        "linear",
+        2 * t * d_in * d_out + bias * t * d_out,
+        (d_in + bias) * d_out * w,
+        t * d_in * a,
+        t * d_out * a,
+    )
+
+
+def linear_into_cache(
+    name: str, t: Number, d_in: Number, d_out: Number, bias: Number, w: Number, a: Number, k: Number
+) -> Operator:
+    """A projection whose output is a key or a value, written in the cache's format."""
+    return Operator(
+        name,
+        "linear",
+        2 * t * d_in * d_out + bias * t * d_out,
+        (d_in + bias) * d_out * w,
+        t * d_in * a,
+        0,
+        0,
+        t * d_out * k,
+    )
+
+
+def qk_matmul(
+    t: Number,
+    pairs: Number,
+    positions: Number,
+    h: Number,
+    g: Number,
+    d: Number,
+    a: Number,
+    k: Number,
+) -> Operator:
+    """Scores of h query heads of width d against `positions` keys of g KV heads.
+
+    positions = b (c + n): each key is read once per KV head, never once per query head.
+    """
+    return Operator(
+        "qk_matmul",
+        "attention",
+        2 * pairs * h * d,
+        0,
+        t * h * d * a,
+        pairs * h * a,
+        positions * g * d * k,
+    )
+
+
+def softmax(pairs: Number, h: Number, a: Number) -> Operator:
+    """The softmax over each row of scores, of every head."""
+    scores = pairs * h
+    return Operator("softmax", "vector", SOFTMAX_FLOPS * scores, 0, scores * a, scores * a)
+
+
+def sv_matmul(
+    t: Number,
+    pairs: Number,
+    positions: Number,
+    h: Number,
+    g: Number,
+    d: Number,
+    a: Number,
+    k: Number,
+) -> Operator:
+    """Scores times values."""
+    return Operator(
+        "sv_matmul",
+        "attention",
+        2 * pairs * h * d,
+        0,
+        pairs * h * a,
+        t * h * d * a,
+        positions * g * d * k,
+    )
+
+
+def fused_attention(
+    t: Number,
+    pairs: Number,
+    positions: Number,
+    h: Number,
+    g: Number,
+    d: Number,
+    a: Number,
+    k: Number,
+) -> Operator:
+    """Attention whose scores never leave the chip (FlashAttention, arXiv 2205.14135).
+
+    It moves Q, K, V and O only; O is tokens x heads x head_dim.
+    """
+    return Operator(
+        "fused_attention",
+        "attention",
+        (4 * d + SOFTMAX_FLOPS) * pairs * h,
+        0,
+        t * h * d * a,
+        t * h * d * a,
+        2 * positions * g * d * k,
+    )
+
+
+def norm(name: str, t: Number, d: Number, vectors: Number, w: Number, a: Number) -> Operator:
+    """A norm over rows of d elements, with `vectors` learned vectors (RMSNorm 1, LayerNorm 2)."""
+    return Operator(name, "vector", NORM_FLOPS * t * d, vectors * d * w, t * d * a, t * d * a)
+
+
+def norm_heads(
+    name: str, t: Number, heads: Number, d: Number, learned: Number, w: Number, a: Number
+) -> Operator:
+    """A norm of each query head, with `learned` parameters in all."""
+    elements = t * heads * d
+    return Operator(name, "vector", NORM_FLOPS * elements, learned * w, elements * a, elements * a)
+
+
+def norm_into_cache(
+    name: str, t: Number, heads: Number, d: Number, learned: Number, w: Number, a: Number, k: Number
+) -> Operator:
+    """A norm of each key head, whose output is what the cache keeps."""
+    elements = t * heads * d
+    return Operator(
+        name, "vector", NORM_FLOPS * elements, learned * w, elements * a, 0, 0, elements * k
+    )
+
+
+def residual_add(name: str, t: Number, d: Number, a: Number) -> Operator:
+    """The sum of the residual stream and a branch: two operands in, one out."""
+    return Operator(name, "vector", t * d, 0, 2 * t * d * a, t * d * a)
+
+
+def activation(t: Number, d: Number, gated: Number, a: Number) -> Operator:
+    """The MLP's nonlinearity at its intermediate width; gated is 1 or 0.
+
+    One FLOP for the function, and one for the product with the gate.
+    """
+    return Operator("mlp_act", "vector", (1 + gated) * t * d, 0, (1 + gated) * t * d * a, t * d * a)
+
+
+def gather(name: str, t: Number, d: Number, w: Number, a: Number) -> Operator:
+    """The embedding: t rows of d weights are read, no arithmetic is done."""
+    return Operator(name, "vector", 0 * t, t * d * w, 0, t * d * a)
+
+
+def add_positions(t: Number, d: Number, w: Number, a: Number) -> Operator:
+    """Learned positions: a row is gathered and added for every token."""
+    return Operator("position_embedding", "vector", t * d, t * d * w, t * d * a, t * d * a)
