@@ -167,7 +167,7 @@ def analyze(
 
     >>> report = analyze("meta-llama/Llama-2-7b-hf", "nvidia-a6000", ForwardPass.decode(1, 2048))
     >>> report.bound, f"{report.seconds * 1e3:.1f} ms"
-    ('memory', '18.9 ms')
+    ('memory', '18.6 ms')
     """
     model, device = load_model(model), load_hardware(device)
     p = precision if precision is not None else Precision()
@@ -202,55 +202,44 @@ def _report(
 ) -> Report:
     rows = []
     bandwidth = device.bandwidth
-    e_c, e_m, t0 = calibration.compute, calibration.memory, calibration.overhead
-    ideal = calibration is AT_THE_ROOFS
-    # Sums over all layers, and of the compute time and the weight bytes for the lower bound.
+    real_bandwidth, t0 = bandwidth * calibration.memory, calibration.overhead
+    roofs = {kind: (at, peak, peak * calibration.compute) for kind, (at, peak) in rates.items()}
+    # Sums over all layers; compute seconds and weight bytes are for the lower bound.
     seconds = flops = moved = compute_seconds = weights = compute_bound = 0
     for block, count, (name, rate, f, weight, read, written, kv_read, kv_written) in placed:
-        rate_name, peak = rates[rate]
+        rate_name, peak, real_peak = roofs[rate]
         activations = read + written
         kv = kv_read + kv_written
         q = weight + activations + kv
-        at_compute, at_memory = f / peak, q / bandwidth
-        slow_compute, slow_memory = (
-            (at_compute, at_memory) if ideal else (at_compute / e_c, at_memory / e_m)
-        )
-        limited = slow_compute >= slow_memory
-        if limited is True or limited is False:
+        intensity = f / q
+        compute, transfer = f / real_peak, q / real_bandwidth
+        limited = compute >= transfer
+        reach = intensity * bandwidth
+        if limited is True or limited is False:  # plain numbers, the fast way
             bound = "compute" if limited else "memory"
-            time = slow_compute if limited else slow_memory
+            time = (compute if limited else transfer) + t0
+            attainable = peak if reach > peak else reach
+            compute_time = count * time if limited else 0
         else:
             bound = choose(limited, "compute", "memory")
-            time = maximum(slow_compute, slow_memory)
-        time = time if ideal else time + t0
-        intensity = f / q
-        attainable = minimum(peak, intensity * bandwidth)
+            time = maximum(compute, transfer) + t0
+            attainable = minimum(peak, reach)
+            compute_time = choose(limited, count * time, 0)
         rows.append(
             Row(
-                block,
-                name,
-                count,
-                f,
-                q,
-                weight,
-                activations,
-                kv,
-                intensity,
-                attainable,
-                time,
-                bound,
-                rate_name,
+                block, name, count, f, q, weight, activations, kv,
+                intensity, attainable, time, bound, rate_name,
             )
-        )
-        layers_time = count * time
-        seconds = seconds + layers_time
-        compute_bound = compute_bound + choose(limited, layers_time, 0)
+        )  # fmt: skip
+        seconds = seconds + count * time
+        compute_bound = compute_bound + compute_time
         flops = flops + count * f
         moved = moved + count * q
-        compute_seconds = compute_seconds + count * at_compute
+        compute_seconds = compute_seconds + count * compute
         weights = weights + count * weight
     cache = model.cache_bytes(step.batch, step.context, p.kv_cache.bytes)
-    lower_bound = maximum(compute_seconds, (weights + cache) / bandwidth)
+    at_peak = compute_seconds * calibration.compute
+    lower_bound = maximum(at_peak, (weights + cache) / bandwidth)
     bound = choose(2 * compute_bound > seconds, "compute", "memory")
     return Report(
         model, device, step, p, attention, accounting, tuple(rows),

@@ -23,9 +23,7 @@ LARGEST_LAYERS = 100_000
 Config = Mapping[str, Any]
 
 
-def load_model(
-    source: str | os.PathLike[str] | Config | Model, name: str | None = None
-) -> Model:
+def load_model(source: str | os.PathLike[str] | Config | Model, name: str | None = None) -> Model:
     """The model that a config describes.
 
     Parameters
@@ -113,6 +111,8 @@ def _build(config: Config, name: str | None) -> Model:
     if parallel and family.parallel_norms is not None:
         norms = family.parallel_norms
     vectors = family.norm_vectors if _flag(config, family, family.norm_affine) else 0
+    # A list, not a generator: every switch is checked, also after one that is off.
+    final_norm = [_flag(config, family, flag) for flag in family.final_norm]
     embedding_dim = 0
     positions = 0
     if family.positions:
@@ -126,7 +126,7 @@ def _build(config: Config, name: str | None) -> Model:
         tied=_bool(config, "tie_word_embeddings", family.tied),
         head_bias=_flag(config, family, family.head_bias),
         norm_vectors=vectors,
-        final_norm=all([_flag(config, family, flag) for flag in family.final_norm]),
+        final_norm=all(final_norm),
         embedding_norm=family.embedding_norm,
         positions=positions,
         embedding_dim=0 if embedding_dim == hidden else embedding_dim,
@@ -209,7 +209,8 @@ def _kv_heads(config: Config, family: Family, heads: int) -> int:
         )
     if heads % kv_heads:
         raise ValueError(
-            f"num_key_value_heads is {kv_heads}; allowed: a divisor of num_attention_heads ({heads})"
+            f"num_key_value_heads is {kv_heads}; allowed: a divisor of num_attention_heads "
+            f"({heads})"
         )
     return kv_heads
 
@@ -255,9 +256,7 @@ def _falcon(config: Config, family: Family) -> Family:
     if _flag(config, family, family.parallel) and branch_norms == 1:
         norms = ("attn_norm",)
     # Without either switch the fused projection has as many keys as queries.
-    return replace(
-        family, norms=norms, multi_query=multi_query, kv_heads=grouped or multi_query
-    )
+    return replace(family, norms=norms, multi_query=multi_query, kv_heads=grouped or multi_query)
 
 
 def _check_mpt(config: Config) -> None:
@@ -297,4 +296,5 @@ def _read_known(name: str) -> dict[str, Any]:
 
 
 def _looks_like_path(source: str) -> bool:
-    return source.lower().endswith(".json") or os.path.isabs(source) or os.path.exists(source)
+    spelled = source.startswith((".", "~", os.sep)) or source.lower().endswith(".json")
+    return spelled or os.path.exists(source)

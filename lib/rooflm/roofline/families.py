@@ -25,7 +25,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads"),
     "head_dim": ("head_dim",),
     "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
-    "vocab_size": ("vocab_size", "padded_vocab_size"),
+    "vocab_size": ("vocab_size",),
     "max_position_embeddings": ("max_position_embeddings", "n_positions"),
     "word_embed_proj_dim": ("word_embed_proj_dim",),
     "expansion_ratio": ("expansion_ratio",),
@@ -295,9 +295,7 @@ FAMILIES: dict[str, Family] = {
     "nemotron": replace(_LLAMA, gated=False, norm_vectors=2),
     "smollm3": replace(_LLAMA, tied=True, defaults={"num_key_value_heads": 4}),
     "glm": replace(_GLM, defaults=_GLM.defaults | {"attention_bias": True}),
-    "glm4": replace(
-        _GLM, norms=_FOUR_NORMS, defaults=_GLM.defaults | {"attention_bias": True}
-    ),
+    "glm4": replace(_GLM, norms=_FOUR_NORMS, defaults=_GLM.defaults | {"attention_bias": True}),
     "helium": Family(
         qkv_bias="attention_bias",
         mlp_bias="mlp_bias",

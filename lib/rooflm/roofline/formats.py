@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from rooflm.roofline.numeric import Number, shorten, unknown
 
@@ -56,7 +56,7 @@ class Format:
         """Bits per element, scales included."""
         return self.element_bits + (self.scale_bits / self.group if self.group else 0.0)
 
-    @property
+    @cached_property
     def bytes(self) -> float:
         """Bytes per element, scales included: `w`, `a` or `k` of the formulas.
 

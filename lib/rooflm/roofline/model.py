@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from rooflm.roofline import operators as op
 from rooflm.roofline.formats import Precision
@@ -75,7 +74,7 @@ class ForwardPass:
         `context` counts them, so the cache holds context - draft_tokens - 1
         (arXiv 2211.17192, algorithm 1).
         """
-        new = size("draft_tokens", draft_tokens) + 1
+        new = size("draft_tokens", draft_tokens, smallest=0) + 1
         cached = size("context", context) - new
         short = cached < 0
         if short is True or (is_array(short) and short.any()):
@@ -128,8 +127,8 @@ class Attention:
     @property
     def parameters(self) -> Number:
         """Weights and biases of the four projections and of the q/k norms."""
-        qkv = (self.hidden + self.qkv_bias) * (self.q_width + 2 * self.kv_width)
-        out = (self.q_width + self.out_bias) * self.hidden
+        qkv = (self.hidden + int(self.qkv_bias)) * (self.q_width + 2 * self.kv_width)
+        out = (self.q_width + int(self.out_bias)) * self.hidden
         return (
             qkv + out + self._norm_parameters(self.q_width) + self._norm_parameters(self.kv_width)
         )
@@ -143,7 +142,7 @@ class Attention:
         b, n, c = step.batch, step.new_tokens, step.cached_tokens
         t = b * n
         w, a, k = p.weights.bytes, p.activations.bytes, p.kv_cache.bytes
-        h, g, d, bias = self.heads, self.kv_heads, self.head_dim, self.qkv_bias
+        h, g, d, bias = self.heads, self.kv_heads, self.head_dim, int(self.qkv_bias)
         q_width, kv_width = h * d, g * d
         yield op.linear("q_proj", t, self.hidden, q_width, bias, w, a)
         if self.qk_norm:  # the norm, not the projection, makes the keys that are kept
@@ -162,7 +161,7 @@ class Attention:
             yield op.qk_matmul(t, pairs, positions, h, g, d, a, k)
             yield op.softmax(pairs, h, a)
             yield op.sv_matmul(t, pairs, positions, h, g, d, a, k)
-        yield op.linear("o_proj", t, q_width, self.hidden, self.out_bias, w, a)
+        yield op.linear("o_proj", t, q_width, self.hidden, int(self.out_bias), w, a)
 
     def _norm_parameters(self, width: Number) -> Number:
         if not self.qk_norm:
@@ -182,19 +181,21 @@ class MLP:
     @property
     def parameters(self) -> Number:
         """Weights and biases."""
-        into = (self.hidden + self.bias) * self.intermediate
-        return (1 + self.gated) * into + (self.intermediate + self.bias) * self.hidden
+        bias = int(self.bias)
+        into = (self.hidden + bias) * self.intermediate
+        return (1 + self.gated) * into + (self.intermediate + bias) * self.hidden
 
     active_parameters = parameters
 
     def operators(self, step: ForwardPass, p: Precision) -> Iterator[Operator]:
         """The rows gate_proj (where gated), up_proj, mlp_act and down_proj."""
         t, w, a = step.batch * step.new_tokens, p.weights.bytes, p.activations.bytes
+        hidden, inner, bias = self.hidden, self.intermediate, int(self.bias)
         if self.gated:
-            yield op.linear("gate_proj", t, self.hidden, self.intermediate, self.bias, w, a)
-        yield op.linear("up_proj", t, self.hidden, self.intermediate, self.bias, w, a)
-        yield op.activation(t, self.intermediate, self.gated, a)
-        yield op.linear("down_proj", t, self.intermediate, self.hidden, self.bias, w, a)
+            yield op.linear("gate_proj", t, hidden, inner, bias, w, a)
+        yield op.linear("up_proj", t, hidden, inner, bias, w, a)
+        yield op.activation(t, inner, int(self.gated), a)
+        yield op.linear("down_proj", t, inner, hidden, bias, w, a)
 
 
 @dataclass(frozen=True)
@@ -249,12 +250,8 @@ class Block:
         yield op.residual_add("mlp_add", t, hidden, a)
 
 
-class PlacedOperator(NamedTuple):
-    """An operator, the part of the model it stands in and how many layers have it."""
-
-    block: str
-    count: int
-    operator: Operator
+# The part of the model that an operator stands in, how many layers run it, the operator.
+PlacedOperator = tuple[str, int, Operator]
 
 
 @dataclass(frozen=True)
@@ -308,7 +305,7 @@ class Model:
     @property
     def _outer_parameters(self) -> Number:
         width = self.embedding_dim or self.hidden
-        tables = (1 if self.tied else 2) * self.vocab * width + self.head_bias * self.vocab
+        tables = (1 if self.tied else 2) * self.vocab * width + int(self.head_bias) * self.vocab
         projections = 2 * self.embedding_dim * self.hidden
         norms = (self.final_norm + self.embedding_norm) * self.norm_vectors * self.hidden
         return tables + projections + norms + self.positions * self.hidden
@@ -330,26 +327,26 @@ class Model:
         t, w, a = step.batch * step.new_tokens, p.weights.bytes, p.activations.bytes
         hidden = self.hidden
         width = self.embedding_dim or hidden
-        yield PlacedOperator("embedding", 1, op.gather("embedding", t, width, w, a))
+        yield "embedding", 1, op.gather("embedding", t, width, w, a)
         if self.embedding_dim:
             project = op.linear("project_in", t, width, hidden, 0, w, a)
-            yield PlacedOperator("embedding", 1, project)
+            yield "embedding", 1, project
         if self.positions:
-            yield PlacedOperator("embedding", 1, op.add_positions(t, hidden, w, a))
+            yield "embedding", 1, op.add_positions(t, hidden, w, a)
         if self.embedding_norm:
             embedding_norm = op.norm("embedding_norm", t, hidden, self.norm_vectors, w, a)
-            yield PlacedOperator("embedding", 1, embedding_norm)
+            yield "embedding", 1, embedding_norm
         for number, (count, block) in enumerate(self.blocks):
             label = f"block {number}"
             for operator in block.operators(step, p, attention):
-                yield PlacedOperator(label, count, operator)
+                yield label, count, operator
         if self.final_norm:
             final_norm = op.norm("final_norm", t, hidden, self.norm_vectors, w, a)
-            yield PlacedOperator("head", 1, final_norm)
+            yield "head", 1, final_norm
         if self.embedding_dim:
             project = op.linear("project_out", t, hidden, width, 0, w, a)
-            yield PlacedOperator("head", 1, project)
+            yield "head", 1, project
         rows = step.batch * step.logits
         if type(rows) is not int or rows:
-            head = op.linear("lm_head", rows, width, self.vocab, self.head_bias, w, a)
-            yield PlacedOperator("head", 1, head)
+            head = op.linear("lm_head", rows, width, self.vocab, int(self.head_bias), w, a)
+            yield "head", 1, head

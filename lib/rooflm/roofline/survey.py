@@ -48,12 +48,12 @@ def operators(
     w, a = p.weights.bytes, p.activations.bytes
     for number, (count, block) in enumerate(model.blocks):
         for operator in _layer(block.mixer, block.mlp, step, prefill, p, attention):
-            yield PlacedOperator(f"block {number}", count, operator)
+            yield f"block {number}", count, operator
     weights, b = model.hidden * model.vocab, step.batch
     head = Operator(
         "lm_head", "survey", b * weights, weights * w, model.hidden * a, model.vocab * a
     )
-    yield PlacedOperator("head", 1, head)
+    yield "head", 1, head
 
 
 def memory_parts(

@@ -1,0 +1,1 @@
+"""Practice: the techniques of the book in torch, at small scale, one module per technique."""

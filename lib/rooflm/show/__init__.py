@@ -1,0 +1,30 @@
+"""Presentation: figures, tables, checks and explorers. Nothing is computed here.
+
+Every function returns an object that displays itself when it ends a cell; figures carry
+alternative text, which is also what a terminal shows.
+"""
+
+from rooflm.show.checks import check, checks
+from rooflm.show.figures import bars, figure, lines, memory_bars, operator_bars, roofline, roofs
+from rooflm.show.tables import operators, table
+from rooflm.show.text import equation, say, takeaway
+from rooflm.show.words import si
+
+__all__ = [
+    "bars",
+    "check",
+    "checks",
+    "equation",
+    "explorer",
+    "figure",
+    "lines",
+    "memory_bars",
+    "operator_bars",
+    "operators",
+    "roofline",
+    "roofs",
+    "say",
+    "si",
+    "table",
+    "takeaway",
+]

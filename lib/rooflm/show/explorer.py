@@ -1,0 +1,1 @@
+"""The explorer of memory- and compute-bound operation (its interactive half follows)."""
