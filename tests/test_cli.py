@@ -126,7 +126,7 @@ def test_models_and_hardware_list_every_name(capsys):
     ("words", "named"),
     [
         ([], "COMMAND"),
-        (["analise"], "analise"),
+        (["analyzer"], "analyzer"),
         (["analyze"], "MODEL"),
         (["analyze", "meta-llama/Llama-2-7b", A6000], "nearest: meta-llama/Llama-2-7b-hf"),
         (["analyze", LLAMA, "nvidia-a6001"], "nearest: nvidia-a6000"),

@@ -75,7 +75,7 @@ def test_weights_take_the_scales_into_account(llama_7b):
         ({"context": 0}, "context is 0"),
         ({"batch": 1.5}, "batch is 1.5"),
         ({"context": 4, "new_tokens": 5}, "new_tokens is 5; allowed: at most context"),
-        ({"accounting": "survay"}, "nearest: survey"),
+        ({"accounting": "surveys"}, "nearest: survey"),
         ({"attention": "fused"}, "unknown attention 'fused'"),
     ],
 )

@@ -144,9 +144,7 @@ def test_arrays_agree_with_numbers(model, device, p, attention, data):
     b, n, c = (np.array(data.draw(sizes)) for _ in range(3))
     sweep = analyze(model, device, ForwardPass(b, n, c), p, attention)
     for i in range(3):
-        one = analyze(
-            model, device, ForwardPass(int(b[i]), int(n[i]), int(c[i])), p, attention
-        )
+        one = analyze(model, device, ForwardPass(int(b[i]), int(n[i]), int(c[i])), p, attention)
         assert sweep.bound[i] == one.bound
         for x, y in zip(sweep.operators, one.operators, strict=True):
             for name in ("flops", "bytes", "intensity", "attainable", "seconds"):
@@ -193,12 +191,26 @@ def test_dimensions_may_be_symbols_too():
     model = Model("symbolic", H, V, ((32, block),))
     llama = {H: 4096, h: 32, g: 32, d: 128, inner: 11008, V: 32000}
     assert model.parameters.subs(llama) == 6_738_415_616
-    assert sympy.simplify(
-        model.cache_bytes(1, t, 2).subs({g: 8, d: 128}) - 2 * 32 * t * 8 * 128 * 2
-    ) == 0
+    assert (
+        sympy.simplify(model.cache_bytes(1, t, 2).subs({g: 8, d: 128}) - 2 * 32 * t * 8 * 128 * 2)
+        == 0
+    )
 
 
-BAD_SIZES = [0, -1, 1.5, 2**40 + 1, True, "8", None, float("nan"), float("inf"), 10**400, [0], [1.5]]
+BAD_SIZES = [
+    0,
+    -1,
+    1.5,
+    2**40 + 1,
+    True,
+    "8",
+    None,
+    float("nan"),
+    float("inf"),
+    10**400,
+    [0],
+    [1.5],
+]
 
 
 @pytest.mark.parametrize("value", BAD_SIZES, ids=lambda v: str(v)[:20])

@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
     block: str
     name: str
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, by design
     flops: Number
     bytes: Number
     weight_bytes: Number

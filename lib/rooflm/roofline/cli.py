@@ -61,7 +61,7 @@ def _analyze(options: argparse.Namespace, out: TextIO) -> None:
     )
     if options.json:
         fields = ("seconds", "lower_bound", "flops", "bytes")
-        answer = {"operators": [row._asdict() for row in report.operators]}
+        answer: dict[str, Any] = {"operators": [row._asdict() for row in report.operators]}
         answer |= {name: getattr(report, name) for name in fields}
         answer["memory"] = _memory_fields(report.memory, options.hardware)
         _print_json(answer, out)

@@ -11,7 +11,6 @@ of each family for its norms and biases.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rooflm.roofline import operators as op
@@ -137,31 +136,33 @@ class Attention:
         """Bytes of keys and values of one layer for `context` tokens a sequence."""
         return 2 * batch * context * self.kv_width * k
 
-    def operators(self, step: ForwardPass, p: Precision, attention: str) -> Iterator[Operator]:
+    def operators(self, step: ForwardPass, p: Precision, attention: str) -> list[Operator]:
         """The rows from q_proj to o_proj; `attention` is "flash" or "unfused"."""
         b, n, c = step.batch, step.new_tokens, step.cached_tokens
         t = b * n
         w, a, k = p.weights.bytes, p.activations.bytes, p.kv_cache.bytes
         h, g, d, bias = self.heads, self.kv_heads, self.head_dim, int(self.qkv_bias)
         q_width, kv_width = h * d, g * d
-        yield op.linear("q_proj", t, self.hidden, q_width, bias, w, a)
+        rows = [op.linear("q_proj", t, self.hidden, q_width, bias, w, a)]
         if self.qk_norm:  # the norm, not the projection, makes the keys that are kept
-            yield op.linear("k_proj", t, self.hidden, kv_width, bias, w, a)
+            rows.append(op.linear("k_proj", t, self.hidden, kv_width, bias, w, a))
         else:
-            yield op.linear_into_cache("k_proj", t, self.hidden, kv_width, bias, w, a, k)
-        yield op.linear_into_cache("v_proj", t, self.hidden, kv_width, bias, w, a, k)
+            rows.append(op.linear_into_cache("k_proj", t, self.hidden, kv_width, bias, w, a, k))
+        rows.append(op.linear_into_cache("v_proj", t, self.hidden, kv_width, bias, w, a, k))
         if self.qk_norm:
-            yield op.norm_heads("q_norm", t, h, d, self._norm_parameters(q_width), w, a)
-            yield op.norm_into_cache("k_norm", t, g, d, self._norm_parameters(kv_width), w, a, k)
+            of_q, of_k = self._norm_parameters(q_width), self._norm_parameters(kv_width)
+            rows.append(op.norm_heads("q_norm", t, h, d, of_q, w, a))
+            rows.append(op.norm_into_cache("k_norm", t, g, d, of_k, w, a, k))
         pairs = op.causal_pairs(b, n, c)
         positions = b * (c + n)
         if attention == "flash":
-            yield op.fused_attention(t, pairs, positions, h, g, d, a, k)
+            rows.append(op.fused_attention(t, pairs, positions, h, g, d, a, k))
         else:
-            yield op.qk_matmul(t, pairs, positions, h, g, d, a, k)
-            yield op.softmax(pairs, h, a)
-            yield op.sv_matmul(t, pairs, positions, h, g, d, a, k)
-        yield op.linear("o_proj", t, q_width, self.hidden, int(self.out_bias), w, a)
+            rows.append(op.qk_matmul(t, pairs, positions, h, g, d, a, k))
+            rows.append(op.softmax(pairs, h, a))
+            rows.append(op.sv_matmul(t, pairs, positions, h, g, d, a, k))
+        rows.append(op.linear("o_proj", t, q_width, self.hidden, int(self.out_bias), w, a))
+        return rows
 
     def _norm_parameters(self, width: Number) -> Number:
         if not self.qk_norm:
@@ -187,15 +188,18 @@ class MLP:
 
     active_parameters = parameters
 
-    def operators(self, step: ForwardPass, p: Precision) -> Iterator[Operator]:
+    def operators(self, step: ForwardPass, p: Precision) -> list[Operator]:
         """The rows gate_proj (where gated), up_proj, mlp_act and down_proj."""
         t, w, a = step.batch * step.new_tokens, p.weights.bytes, p.activations.bytes
         hidden, inner, bias = self.hidden, self.intermediate, int(self.bias)
+        rows = [
+            op.linear("up_proj", t, hidden, inner, bias, w, a),
+            op.activation(t, inner, int(self.gated), a),
+            op.linear("down_proj", t, inner, hidden, bias, w, a),
+        ]
         if self.gated:
-            yield op.linear("gate_proj", t, hidden, inner, bias, w, a)
-        yield op.linear("up_proj", t, hidden, inner, bias, w, a)
-        yield op.activation(t, inner, int(self.gated), a)
-        yield op.linear("down_proj", t, inner, hidden, bias, w, a)
+            rows.insert(0, op.linear("gate_proj", t, hidden, inner, bias, w, a))
+        return rows
 
 
 @dataclass(frozen=True)
@@ -232,22 +236,24 @@ class Block:
         """Bytes that one layer keeps per batch of sequences of that length."""
         return self.mixer.cache_bytes(batch, context, k)
 
-    def operators(self, step: ForwardPass, p: Precision, attention: str) -> Iterator[Operator]:
+    def operators(self, step: ForwardPass, p: Precision, attention: str) -> list[Operator]:
         """Every row of one layer, in the order in which it runs."""
         t, w, a = step.batch * step.new_tokens, p.weights.bytes, p.activations.bytes
         hidden, norms, vectors = self.mixer.hidden, self.norms, self.norm_vectors
+        rows = []
         if "attn_norm" in norms:
-            yield op.norm("attn_norm", t, hidden, vectors, w, a)
-        yield from self.mixer.operators(step, p, attention)
+            rows.append(op.norm("attn_norm", t, hidden, vectors, w, a))
+        rows += self.mixer.operators(step, p, attention)
         if "attn_post_norm" in norms:
-            yield op.norm("attn_post_norm", t, hidden, vectors, w, a)
-        yield op.residual_add("attn_add", t, hidden, a)
+            rows.append(op.norm("attn_post_norm", t, hidden, vectors, w, a))
+        rows.append(op.residual_add("attn_add", t, hidden, a))
         if "mlp_norm" in norms:
-            yield op.norm("mlp_norm", t, hidden, vectors, w, a)
-        yield from self.mlp.operators(step, p)
+            rows.append(op.norm("mlp_norm", t, hidden, vectors, w, a))
+        rows += self.mlp.operators(step, p)
         if "mlp_post_norm" in norms:
-            yield op.norm("mlp_post_norm", t, hidden, vectors, w, a)
-        yield op.residual_add("mlp_add", t, hidden, a)
+            rows.append(op.norm("mlp_post_norm", t, hidden, vectors, w, a))
+        rows.append(op.residual_add("mlp_add", t, hidden, a))
+        return rows
 
 
 # The part of the model that an operator stands in, how many layers run it, the operator.
@@ -322,31 +328,29 @@ class Model:
 
     def operators(
         self, step: ForwardPass, p: Precision, attention: str = "flash"
-    ) -> Iterator[PlacedOperator]:
+    ) -> list[PlacedOperator]:
         """Every operator of the pass, each once, with the number of layers that run it."""
         t, w, a = step.batch * step.new_tokens, p.weights.bytes, p.activations.bytes
         hidden = self.hidden
         width = self.embedding_dim or hidden
-        yield "embedding", 1, op.gather("embedding", t, width, w, a)
+        rows: list[PlacedOperator] = [("embedding", 1, op.gather("embedding", t, width, w, a))]
         if self.embedding_dim:
-            project = op.linear("project_in", t, width, hidden, 0, w, a)
-            yield "embedding", 1, project
+            rows.append(("embedding", 1, op.linear("project_in", t, width, hidden, 0, w, a)))
         if self.positions:
-            yield "embedding", 1, op.add_positions(t, hidden, w, a)
+            rows.append(("embedding", 1, op.add_positions(t, hidden, w, a)))
         if self.embedding_norm:
-            embedding_norm = op.norm("embedding_norm", t, hidden, self.norm_vectors, w, a)
-            yield "embedding", 1, embedding_norm
+            norm = op.norm("embedding_norm", t, hidden, self.norm_vectors, w, a)
+            rows.append(("embedding", 1, norm))
         for number, (count, block) in enumerate(self.blocks):
             label = f"block {number}"
-            for operator in block.operators(step, p, attention):
-                yield label, count, operator
+            rows += [(label, count, row) for row in block.operators(step, p, attention)]
         if self.final_norm:
-            final_norm = op.norm("final_norm", t, hidden, self.norm_vectors, w, a)
-            yield "head", 1, final_norm
+            norm = op.norm("final_norm", t, hidden, self.norm_vectors, w, a)
+            rows.append(("head", 1, norm))
         if self.embedding_dim:
-            project = op.linear("project_out", t, hidden, width, 0, w, a)
-            yield "head", 1, project
-        rows = step.batch * step.logits
-        if type(rows) is not int or rows:
-            head = op.linear("lm_head", rows, width, self.vocab, int(self.head_bias), w, a)
-            yield "head", 1, head
+            rows.append(("head", 1, op.linear("project_out", t, hidden, width, 0, w, a)))
+        heads = step.batch * step.logits
+        if type(heads) is not int or heads:
+            head = op.linear("lm_head", heads, width, self.vocab, int(self.head_bias), w, a)
+            rows.append(("head", 1, head))
+        return rows
