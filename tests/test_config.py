@@ -195,7 +195,7 @@ BAD = [
     (without(LLAMA, "vocab_size"), "vocab_size is missing"),
     (without(LLAMA, "model_type"), "model_type is missing"),
     (LLAMA | {"num_hidden_layers": None}, "num_hidden_layers is missing"),
-    (LLAMA | {"model_type": "llamma"}, "unknown model_type 'lama'; nearest: llama"),
+    (LLAMA | {"model_type": "llamma"}, "unknown model_type 'llamma'; nearest: llama"),
     (LLAMA | {"model_type": "qwen3x"}, "nearest: qwen3"),
     (LLAMA | {"model_type": 7}, "unknown model_type 7"),
     (LLAMA | {"model_type": ["llama"]}, "unknown model_type ['llama']"),

@@ -93,6 +93,7 @@ def blank(height: float = HEIGHT) -> Iterator[Axes]:
 
 def finish(ax: Axes, alt: str) -> Figure:
     """The figure of these axes as a shown object."""
+    fill_ticks(ax)
     return Figure(render(ax.figure), alt)
 
 
@@ -141,7 +142,16 @@ def scale(ax: Axes, axis: str, kind: str) -> None:
     of_axis.set_major_formatter(FuncFormatter(lambda value, _: number(float(f"{value:.10g}"), 6)))
 
 
-def label_length(text: str, longest: int = 34) -> str:
+def fill_ticks(ax: Axes) -> None:
+    """Give a logarithmic axis that spans few decades ticks at 2 and 5 too."""
+    for of_axis, limits in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+        locator = of_axis.get_major_locator()
+        decades = isinstance(locator, LogLocator) and locator._base == 10
+        if decades and limits[1] / limits[0] < 100:
+            of_axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=12))
+
+
+def fold(text: str, longest: int = 34) -> str:
     """A long label, broken in two at the space or slash nearest to its middle."""
     if len(text) <= longest:
         return text

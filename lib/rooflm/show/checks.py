@@ -131,7 +131,7 @@ def compare(
         source = f"{source}; within {number(tolerance)}: {reason}"
     if _is_number(ours) and (_is_number(expected) or isinstance(expected, str)):
         return _compare_numbers(name, ours, expected, source, within)
-    if hasattr(ours, "shape") and getattr(ours, "ndim", 0):
+    if hasattr(ours, "shape"):  # a scalar has become a Python number
         raise ValueError(f"{name!r} is an array of shape {tuple(ours.shape)}; allowed: one number")
     agrees = type(ours) is type(expected) and bool(ours == expected)
     return Verdict(name, _words(ours), _words(expected), source, agrees)

@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from rooflm.roofline.analysis import Report
 from rooflm.roofline.hardware import Hardware, load_hardware
 from rooflm.roofline.memory import Memory
-from rooflm.show.canvas import (
-    HATCHES, INK, LINE_STYLES, MARKERS, PALETTE, Figure, blank, figure, finish, label_length, scale,
-)  # fmt: skip
-from rooflm.show.roofs import roofline, roofs, short_names
+from rooflm.show import canvas
+from rooflm.show.canvas import HATCHES, INK, MARKERS, PALETTE, Figure, blank, figure, fold
+from rooflm.show.rooflines import roofline, roofs, short_names
 from rooflm.show.words import PREFIXES, fit_words, number, scalar, si
 
 __all__ = ["bars", "figure", "lines", "memory_bars", "operator_bars", "roofline", "roofs"]
@@ -109,18 +108,18 @@ def lines(
         if y.shape != across.shape or y.ndim != 1:
             raise ValueError(f"{label} has shape {y.shape}; allowed: that of x, {across.shape}")
     with blank(3.7 + 0.22 * ((len(values) + 1) // 2 if len(values) > 1 else 0)) as ax:
-        scale(ax, "x", xscale)
-        scale(ax, "y", yscale)
+        canvas.scale(ax, "x", xscale)
+        canvas.scale(ax, "y", yscale)
         for i, (label, y) in enumerate(values.items()):
             marker = MARKERS[i % 8] if len(across) <= 24 else ""
-            ax.plot(across, y, label=label_length(label, 40), color=PALETTE[i % 8],
-                    linestyle=LINE_STYLES[i % 6], marker=marker)  # fmt: skip
+            ax.plot(across, y, label=fold(label, 40), color=PALETTE[i % 8],
+                    linestyle=canvas.LINE_STYLES[i % 6], marker=marker)  # fmt: skip
         ax.set_xlabel(xlabel)
         ax.set_ylabel(ylabel)
         _draw_marks(ax, marks or {})
         if len(values) > 1:
             ax.figure.legend(loc="outside lower center", ncols=2)
-        return finish(ax, alt or _lines_alt(across, values, xlabel, ylabel, marks or {}))
+        return canvas.finish(ax, alt or _lines_alt(across, values, xlabel, ylabel, marks or {}))
 
 
 def bars(
@@ -147,10 +146,10 @@ def bars(
             raise ValueError(f"{label} has shape {y.shape}; allowed: ({len(names)},), as labels")
     width = 0.8 / max(len(values), 1)
     with blank(3.7 + 0.22 * ((len(values) + 1) // 2 if len(values) > 1 else 0)) as ax:
-        scale(ax, "y", yscale)
+        canvas.scale(ax, "y", yscale)
         for i, (label, y) in enumerate(values.items()):
             at = np.arange(len(names)) + (i - (len(values) - 1) / 2) * width
-            drawn = ax.bar(at, y, width * 0.92, label=label_length(label, 40), color=PALETTE[i % 8],
+            drawn = ax.bar(at, y, width * 0.92, label=fold(label, 40), color=PALETTE[i % 8],
                            edgecolor=INK, linewidth=0.6, hatch=HATCHES[i % 8])  # fmt: skip
             if len(names) * len(values) <= 10:
                 texts = ["" if v != v else number(v, 3) for v in y]
@@ -158,12 +157,12 @@ def bars(
         ax.margins(y=0.1)
         ax.grid(axis="x", visible=False)
         turned = sum(len(name) for name in names) > 60
-        ax.set_xticks(range(len(names)), [label_length(name, 14) for name in names],
+        ax.set_xticks(range(len(names)), [fold(name, 14) for name in names],
                       rotation=30 if turned else 0, ha="right" if turned else "center")  # fmt: skip
         ax.set_ylabel(ylabel)
         if len(values) > 1:
             ax.figure.legend(loc="outside lower center", ncols=2)
-        return finish(ax, alt or _bars_alt(names, values, ylabel))
+        return canvas.finish(ax, alt or _bars_alt(names, values, ylabel))
 
 
 def _family(name: str) -> str:
@@ -218,28 +217,27 @@ def _stacked(
             ax.barh(rows, width, 0.62, left=left, label=name, color=color, edgecolor=INK,
                     linewidth=0.6, hatch=HATCHES[i % 8])  # fmt: skip
             left += width
-        for row, (label, total) in enumerate(totals.items()):
-            over = line is not None and total > line[1]
-            text = si(total, unit) + (", does not fit" if over else "")
-            inside = over or total > 0.75 * most
-            _bar_total(ax, row, total / 10**power, text, inside)
+        ends = [
+            si(total, unit) + (", does not fit" if line and total > line[1] else "")
+            for total in totals.values()
+        ]
+        for row, (total, text) in enumerate(zip(totals.values(), ends, strict=True)):
+            ax.annotate(text, (total / 10**power, row), (4, 0), textcoords="offset points",
+                        va="center", fontsize=10, in_layout=False,
+                        bbox={"facecolor": "#ffffff", "edgecolor": "none", "pad": 1})  # fmt: skip
         if line:
             ax.axvline(line[1] / 10**power, color=INK, linestyle="--",
                        label=f"{line[0]}, {si(line[1], unit)}")  # fmt: skip
-        ax.set_xlim(0, most / 10**power * 1.06)
-        ax.set_yticks(rows, [label_length(label, 22) for label in by_label])
+        ax.set_xlim(0, most / 10**power * (1.05 + 0.016 * max(map(len, ends))))
+        ax.set_yticks(rows, [fold(label, 22) for label in by_label])
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
         ax.set_xlabel(f"{what} ({PREFIXES[power]}{unit})")
-        ax.figure.legend(loc="outside lower center", ncols=2)
-        return finish(ax, alt or _stacked_alt(by_label, what, unit, line))
-
-
-def _bar_total(ax: Axes, row: int, end: float, text: str, inside: bool) -> None:
-    box = {"facecolor": "#ffffff", "edgecolor": "none", "pad": 1.5, "alpha": 0.9}
-    ax.annotate(text, (end, row), (-4 if inside else 4, 0), textcoords="offset points",
-                ha="right" if inside else "left", va="center", fontsize=10,
-                bbox=box if inside else None)  # fmt: skip
+        handles, texts = ax.get_legend_handles_labels()
+        order = sorted(range(len(texts)), key=lambda i: bool(line) and texts[i].startswith(line[0]))
+        ax.figure.legend([handles[i] for i in order], [texts[i] for i in order],
+                         loc="outside lower center", ncols=2)  # fmt: skip
+        return canvas.finish(ax, alt or _stacked_alt(by_label, what, unit, line))
 
 
 def _draw_marks(ax: Axes, marks: Mapping[str, float]) -> None:

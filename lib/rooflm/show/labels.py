@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Bbox
 
 SIZE = 10  # points
@@ -16,12 +18,16 @@ _DISTANCES = (9, 16, 26, 40, 56, 74)  # points
 
 @dataclass(frozen=True)
 class Label:
-    """Text that belongs to a point (data coordinates); `radius` of its marker in points."""
+    """Text that belongs to a point (data coordinates).
+
+    `radius` of its marker in points; `upward` if it would rather stand above than below.
+    """
 
     x: float
     y: float
     text: str
     radius: float = 4.0
+    upward: bool = False
 
 
 def place(ax: Axes, labels: list[Label], lines: list[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -33,8 +39,10 @@ def place(ax: Axes, labels: list[Label], lines: list[tuple[np.ndarray, np.ndarra
     lines : polylines in data coordinates that labels should not cross.
     """
     figure = ax.figure
-    renderer = figure.canvas.get_renderer()
-    figure.canvas.draw()  # settles the layout, so that data coordinates have pixels
+    canvas = FigureCanvasAgg(figure)
+    figure.draw_without_rendering()  # settles the layout, so that data coordinates have pixels
+    figure.set_layout_engine("none")  # and keeps it: labels may not move it
+    renderer = canvas.get_renderer()
     pixel = figure.dpi / 72
     inside = ax.get_window_extent(renderer)
     crossed = _pixels(ax, lines)
@@ -50,7 +58,7 @@ def place(ax: Axes, labels: list[Label], lines: list[tuple[np.ndarray, np.ndarra
         )  # fmt: skip
         box = text.get_window_extent(renderer)
         anchor = ax.transData.transform((label.x, label.y))
-        offset, best, distance = _best(anchor, box, label.radius, pixel, inside, taken, crossed)
+        offset, best, distance = _best(label, anchor, box, pixel, inside, taken, crossed)
         text.set_position((offset[0] / pixel, offset[1] / pixel))
         taken.append(best)
         if distance > 20:
@@ -58,9 +66,9 @@ def place(ax: Axes, labels: list[Label], lines: list[tuple[np.ndarray, np.ndarra
 
 
 def _best(
+    label: Label,
     anchor: np.ndarray,
     box: Bbox,
-    radius: float,
     pixel: float,
     inside: Bbox,
     taken: list[Bbox],
@@ -68,15 +76,17 @@ def _best(
 ) -> tuple[tuple[float, float], Bbox, float]:
     """Offset in pixels of the text's lower left corner, its box there, and its distance."""
     found: tuple[float, tuple[float, float], Bbox, float] | None = None
+    wish = 135 if label.upward else -45
     for distance in _DISTANCES:
         for angle in _ANGLES:
-            reach = (distance + radius - 4) * pixel
+            reach = (distance + label.radius - 4) * pixel
             cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
             # The nearest edge or corner of the box stands `reach` away from the point.
             dx = reach * cos - box.width * (1 - cos) / 2
             dy = reach * sin - box.height * (1 - sin) / 2
             at = Bbox.from_bounds(anchor[0] + dx, anchor[1] + dy, box.width, box.height)
-            cost = _cost(at, inside, taken, crossed) + distance / 20 + abs(angle + 45) / 900
+            turned = abs((angle - wish + 180) % 360 - 180)
+            cost = _cost(at, inside, taken, crossed) + distance / 20 + turned / 300
             if found is None or cost < found[0]:
                 found = (cost, (dx, dy), at, distance)
     assert found is not None
@@ -108,7 +118,7 @@ def _pixels(ax: Axes, lines: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     parts = []
     for x, y in lines:
         corners = ax.transData.transform(np.column_stack([x, y]))
-        for start, end in zip(corners[:-1], corners[1:], strict=True):
+        for start, end in pairwise(corners):
             steps = max(int(np.hypot(*(end - start)) / 2), 1)
             parts.append(start + (end - start) * np.linspace(0, 1, steps)[:, None])
     return np.concatenate(parts) if parts else np.empty((0, 2))
@@ -117,6 +127,6 @@ def _pixels(ax: Axes, lines: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 def _leader(ax: Axes, anchor: np.ndarray, box: Bbox) -> None:
     """A thin line from the point to the nearest place of the box."""
     near = (min(max(anchor[0], box.x0), box.x1), min(max(anchor[1], box.y0), box.y1))
-    ends = ax.transData.inverted().transform([anchor, near])
+    ends = ax.transData.inverted().transform(np.array([anchor, near]))
     ax.plot(ends[:, 0], ends[:, 1], color="#777777", linewidth=0.8, zorder=2, in_layout=False,
             scalex=False, scaley=False)  # fmt: skip
