@@ -215,24 +215,28 @@ def _report(
         compute, transfer = f / real_peak, q / real_bandwidth
         limited = compute >= transfer
         reach = intensity * bandwidth
-        if limited is True or limited is False:  # plain numbers, the fast way
+        plain = type(limited) is bool  # not an array, nor a symbol: the fast way
+        if plain:
             bound = "compute" if limited else "memory"
-            time = (compute if limited else transfer) + t0
+            time = compute if limited else transfer
             attainable = peak if reach > peak else reach
-            compute_time = count * time if limited else 0
         else:
             bound = choose(limited, "compute", "memory")
-            time = maximum(compute, transfer) + t0
+            time = maximum(compute, transfer)
             attainable = minimum(peak, reach)
-            compute_time = choose(limited, count * time, 0)
-        rows.append(
-            Row(
-                block, name, count, f, q, weight, activations, kv,
-                intensity, attainable, time, bound, rate_name,
-            )
+        if t0:
+            time = time + t0
+        layers_time = count * time
+        fields = (
+            block, name, count, f, q, weight, activations, kv,
+            intensity, attainable, time, bound, rate_name,
         )  # fmt: skip
-        seconds = seconds + count * time
-        compute_bound = compute_bound + compute_time
+        rows.append(tuple.__new__(Row, fields))  # half the time of Row(*fields)
+        seconds = seconds + layers_time
+        if not plain:
+            compute_bound = compute_bound + choose(limited, layers_time, 0)
+        elif limited:
+            compute_bound = compute_bound + layers_time
         flops = flops + count * f
         moved = moved + count * q
         compute_seconds = compute_seconds + count * compute

@@ -52,16 +52,19 @@ def linear(
 ) -> Operator:
     """A projection of t rows from d_in to d_out features; bias is 1 or 0.
 
+    A multiplication and an addition for each weight and row, an addition for each bias. (What
+    does not depend on the pass stands in brackets: in a sweep it is one number.)
+
     >>> linear("q_proj", 2048, 4096, 4096, 0, 2, 2).flops
     68719476736
     """
     return Operator(
         name,
         "linear",
-        2 * t * d_in * d_out + bias * t * d_out,
+        t * ((2 * d_in + bias) * d_out),
         (d_in + bias) * d_out * w,
-        t * d_in * a,
-        t * d_out * a,
+        t * (d_in * a),
+        t * (d_out * a),
     )
 
 
@@ -72,12 +75,12 @@ def linear_into_cache(
     return Operator(
         name,
         "linear",
-        2 * t * d_in * d_out + bias * t * d_out,
+        t * ((2 * d_in + bias) * d_out),
         (d_in + bias) * d_out * w,
-        t * d_in * a,
+        t * (d_in * a),
         0,
         0,
-        t * d_out * k,
+        t * (d_out * k),
     )
 
 
@@ -98,11 +101,11 @@ def qk_matmul(
     return Operator(
         "qk_matmul",
         "attention",
-        2 * pairs * h * d,
+        pairs * (2 * h * d),
         0,
-        t * h * d * a,
-        pairs * h * a,
-        positions * g * d * k,
+        t * (h * d * a),
+        pairs * (h * a),
+        positions * (g * d * k),
     )
 
 
@@ -126,11 +129,11 @@ def sv_matmul(
     return Operator(
         "sv_matmul",
         "attention",
-        2 * pairs * h * d,
+        pairs * (2 * h * d),
         0,
-        pairs * h * a,
-        t * h * d * a,
-        positions * g * d * k,
+        pairs * (h * a),
+        t * (h * d * a),
+        positions * (g * d * k),
     )
 
 
@@ -151,17 +154,19 @@ def fused_attention(
     return Operator(
         "fused_attention",
         "attention",
-        (4 * d + SOFTMAX_FLOPS) * pairs * h,
+        pairs * (h * (4 * d + SOFTMAX_FLOPS)),
         0,
-        t * h * d * a,
-        t * h * d * a,
-        2 * positions * g * d * k,
+        t * (h * d * a),
+        t * (h * d * a),
+        positions * (2 * g * d * k),
     )
 
 
 def norm(name: str, t: Number, d: Number, vectors: Number, w: Number, a: Number) -> Operator:
     """A norm over rows of d elements, with `vectors` learned vectors (RMSNorm 1, LayerNorm 2)."""
-    return Operator(name, "vector", NORM_FLOPS * t * d, vectors * d * w, t * d * a, t * d * a)
+    elements = t * d
+    moved = elements * a
+    return Operator(name, "vector", NORM_FLOPS * elements, vectors * d * w, moved, moved)
 
 
 def norm_heads(
@@ -184,7 +189,7 @@ def norm_into_cache(
 
 def residual_add(name: str, t: Number, d: Number, a: Number) -> Operator:
     """The sum of the residual stream and a branch: two operands in, one out."""
-    return Operator(name, "vector", t * d, 0, 2 * t * d * a, t * d * a)
+    return Operator(name, "vector", t * d, 0, t * (2 * d * a), t * (d * a))
 
 
 def activation(t: Number, d: Number, gated: Number, a: Number) -> Operator:
@@ -192,7 +197,9 @@ def activation(t: Number, d: Number, gated: Number, a: Number) -> Operator:
 
     One FLOP for the function, and one for the product with the gate.
     """
-    return Operator("mlp_act", "vector", (1 + gated) * t * d, 0, (1 + gated) * t * d * a, t * d * a)
+    return Operator(
+        "mlp_act", "vector", t * ((1 + gated) * d), 0, t * ((1 + gated) * d * a), t * (d * a)
+    )
 
 
 def gather(name: str, t: Number, d: Number, w: Number, a: Number) -> Operator:
