@@ -202,9 +202,7 @@ def test_bound_is_the_kind_that_holds_more_of_the_time(llama_7b, a6000):
 def test_calibration_scales_each_roof_and_charges_each_launch(llama_7b, a6000):
     step = ForwardPass.prefill(1, 2048)
     ideal = rooflm.analyze(llama_7b, a6000, step)
-    real = rooflm.analyze(
-        llama_7b, a6000, step, calibration=rooflm.Calibration(0.5, 0.25, 3e-6)
-    )
+    real = rooflm.analyze(llama_7b, a6000, step, calibration=rooflm.Calibration(0.5, 0.25, 3e-6))
     for x, y in zip(ideal.operators, real.operators, strict=True):
         peak = a6000.peaks[x.rate]
         assert y.seconds == pytest.approx(

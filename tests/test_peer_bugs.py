@@ -20,9 +20,7 @@ def test_fused_attention_reads_each_kv_head_once_not_each_query_head(llama_70b, 
     step = ForwardPass.decode(1, 4096)
     ours = row(llama_70b, a6000, step, "fused_attention", attention="flash")
     assert 80 * ours.kv_bytes == 80 * 2 * 4096 * 8 * 128 * 2 == 1_342_177_280
-    theirs = row(
-        llama_70b, a6000, step, "fused_attention", attention="flash", accounting="survey"
-    )
+    theirs = row(llama_70b, a6000, step, "fused_attention", attention="flash", accounting="survey")
     assert 80 * theirs.kv_bytes == pytest.approx(10.74e9, rel=1e-3)
     assert theirs.kv_bytes == 8 * ours.kv_bytes
 
@@ -34,9 +32,7 @@ def test_fused_attention_output_is_tokens_by_head_dim(llama_7b, a6000):
     q = o = 2048 * 32 * 128 * 2
     assert o == 16_777_216
     assert ours.activation_bytes == q + o
-    theirs = row(
-        llama_7b, a6000, step, "fused_attention", attention="flash", accounting="survey"
-    )
+    theirs = row(llama_7b, a6000, step, "fused_attention", attention="flash", accounting="survey")
     assert theirs.activation_bytes - q == 32 * o
 
 
@@ -44,9 +40,7 @@ def test_fused_prefill_reads_keys_and_values_once_not_once_per_128_rows(llama_7b
     step = ForwardPass.prefill(1, 2048)
     ours = row(llama_7b, a6000, step, "fused_attention", attention="flash")
     assert ours.kv_bytes == 2 * 2048 * 32 * 128 * 2 == 33_554_432
-    theirs = row(
-        llama_7b, a6000, step, "fused_attention", attention="flash", accounting="survey"
-    )
+    theirs = row(llama_7b, a6000, step, "fused_attention", attention="flash", accounting="survey")
     assert theirs.kv_bytes == 2048 // 128 * ours.kv_bytes
     assert ours.bytes == 67_108_864  # Q, K, V and O: compulsory traffic only
     assert theirs.bytes / ours.bytes == 16.25
@@ -81,9 +75,7 @@ def test_lm_head_activations_grow_with_the_batch(llama_7b, a6000):
     for batch in (1, 16):
         ours = row(llama_7b, a6000, ForwardPass.decode(batch, 64), "lm_head")
         assert ours.activation_bytes == batch * (4096 + 32000) * 2
-        theirs = row(
-            llama_7b, a6000, ForwardPass.decode(batch, 64), "lm_head", accounting="survey"
-        )
+        theirs = row(llama_7b, a6000, ForwardPass.decode(batch, 64), "lm_head", accounting="survey")
         assert theirs.activation_bytes == (4096 + 32000) * 2
 
 
@@ -127,8 +119,7 @@ def test_the_w8a8_rate_is_not_tied_to_kv_bits(llama_7b, a6000):
     # Only attention multiplies by the cache.
     assert row(llama_7b, a6000, step, "qk_matmul", w8a8kv16).rate == "fp16"
     seconds = [
-        analyze(llama_7b, a6000, step, p, "unfused", "survey").seconds
-        for p in (w8a8kv16, w8a8kv8)
+        analyze(llama_7b, a6000, step, p, "unfused", "survey").seconds for p in (w8a8kv16, w8a8kv8)
     ]
     assert [round(s, 4) for s in seconds] == [0.2007, 0.1134]
 

@@ -4,6 +4,7 @@
 needs torch; `rooflm.show` is presentation and needs matplotlib.
 """
 
+from rooflm.roofline import __version__
 from rooflm.roofline.analysis import Calibration, Report, Row, analyze
 from rooflm.roofline.config import load_model, model_names
 from rooflm.roofline.facts import survey_figure, survey_table1, survey_value
@@ -12,8 +13,6 @@ from rooflm.roofline.generation import Generation, generation
 from rooflm.roofline.hardware import Hardware, hardware_names, load_hardware
 from rooflm.roofline.memory import Memory, memory
 from rooflm.roofline.model import MLP, Attention, Block, ForwardPass, Model
-
-__version__ = "0.1.0"
 
 __all__ = [
     "MLP",
@@ -29,6 +28,7 @@ __all__ = [
     "Precision",
     "Report",
     "Row",
+    "__version__",
     "analyze",
     "generation",
     "hardware_names",

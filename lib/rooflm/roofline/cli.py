@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
+from rooflm.roofline import __version__
 from rooflm.roofline.analysis import ACCOUNTINGS, ATTENTIONS, Report, analyze
 from rooflm.roofline.config import load_model, model_names, model_source
 from rooflm.roofline.formats import Precision
@@ -205,6 +206,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="rooflm", description="Roofline predictions for LLM inference.")
+    parser.add_argument("--version", action="version", version=f"rooflm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
