@@ -132,3 +132,9 @@ def test_a_roof_that_cannot_be_is_refused(arguments, named):
 def test_an_unknown_device_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="nearest: nvidia-a6000"):
         rooflm.load_hardware("nvidia-a600")
+
+
+def test_a_peak_is_asked_for_by_its_rate_or_by_a_format_that_uses_it():
+    b200 = rooflm.load_hardware("nvidia-b200")
+    assert b200.peak("fp4") == b200.peak("mxfp4") == b200.peak("nvfp4") == b200.peaks["fp4"]
+    assert b200.ridge_point("fp4") == b200.peaks["fp4"] / b200.bandwidth

@@ -197,6 +197,19 @@ def test_dimensions_may_be_symbols_too():
     )
 
 
+def test_symbolic_sizes_that_are_numbers_are_checked_as_numbers():
+    s = sympy.Symbol("s", positive=True)
+    model = rooflm.load_model("HuggingFaceTB/SmolLM2-135M")
+    assert (
+        rooflm.memory(model, None, 1, s, s).kv_cache.subs(s, 7)
+        == rooflm.memory(model, None, 1, 7, 7).kv_cache
+    )
+    assert ForwardPass(sympy.Integer(3), 1) == ForwardPass(3, 1)
+    for bad in (sympy.Rational(3, 2), sympy.Integer(0), sympy.oo, sympy.I):
+        with pytest.raises(ValueError, match="batch is"):
+            ForwardPass(bad, 1)
+
+
 BAD_SIZES = [
     0,
     -1,

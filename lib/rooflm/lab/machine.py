@@ -7,8 +7,8 @@ layer under the names of the prediction's rows.
 Three things decide what such a number means.
 
 - A roof is a bound, so it is taken from the fastest run: whatever else the machine does can
-  only make a run slower (the rule of STREAM). Every other time is a median, with the
-  interquartile range beside it.
+  only make a run slower (the rule of STREAM). A `Timing` has the fastest run, to be set beside
+  a roof, and the median with its interquartile range, to be expected.
 - Bytes are counted as the program asks for them: a copy reads and writes each element once.
   A processor without streaming stores first reads the line that it is about to overwrite
   (write-allocate), so that a copy may really move half as much again. The read kernel has
@@ -178,15 +178,9 @@ def matmul_timing(
     dtype : "fp32", "bf16" or "fp16".
     cold : cycle through copies of the weight, so that none is read from a cache; False uses
         one weight again and again.
-    runs : timed runs, after a warm-up that touches every copy.
+    runs : timed runs, after one call to warm up.
     """
-    kind = _dtype(dtype)
-    x = torch.randn(size("t", t), size("d_in", d_in)).to(kind)
-    weight = torch.randn(size("d_out", d_out), d_in).to(kind)
-    copies = cold_copies(weight.nbytes) if cold else 1
-    weights = [weight, *(weight.clone() for _ in range(copies - 1))]
-    turn = cycle(weights)
-    return time_call(lambda: functional.linear(x, next(turn)), runs, warmup=copies)
+    return matmul_timings([(t, d_in, d_out)], dtype, cold, runs)[t, d_in, d_out]
 
 
 def matmul_timings(
@@ -195,8 +189,19 @@ def matmul_timings(
     cold: bool = True,
     runs: int = 7,
 ) -> dict[tuple[int, int, int], Timing]:
-    """`matmul_timing` of each (t, d_in, d_out)."""
-    return {shape: matmul_timing(*shape, dtype, cold, runs) for shape in shapes}
+    """`matmul_timing` of each (t, d_in, d_out); neighbours of one width share their weights."""
+    kind = _dtype(dtype)
+    timings: dict[tuple[int, int, int], Timing] = {}
+    width, weights = (0, 0), [torch.empty(0)]
+    for t, d_in, d_out in shapes:
+        if width != (d_in, d_out):
+            width = (d_in, d_out)
+            weight = torch.randn(size("d_out", d_out), size("d_in", d_in)).to(kind)
+            copies = cold_copies(weight.nbytes) if cold else 1
+            weights = [weight, *(weight.clone() for _ in range(copies - 1))]
+        x = torch.randn(size("t", t), d_in).to(kind)
+        timings[t, d_in, d_out] = _time_linear(x, weights, runs)
+    return timings
 
 
 def measure_machine(seconds: float = 1.5, threads: int | None = None) -> Hardware:
@@ -286,6 +291,11 @@ def _square_rate(dtype: str, seconds: float) -> float:
     """The best FLOP/s of square matmuls; FLOPs, not MACs: hence the 2."""
     timings = {side: square_timing(side, dtype, seconds / len(SQUARES)) for side in SQUARES}
     return max(2 * side**3 / timing.best_s for side, timing in timings.items())
+
+
+def _time_linear(x: Tensor, weights: list[Tensor], runs: int) -> Timing:
+    turn = cycle(weights)
+    return time_call(lambda: functional.linear(x, next(turn)), runs)
 
 
 def _seconds(f: Callable[[], Any]) -> float:

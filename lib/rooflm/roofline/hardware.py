@@ -90,7 +90,9 @@ class Hardware:
             for pair in (f"{x.computes_as}*{y.computes_as}", f"{y.computes_as}*{x.computes_as}"):
                 if pair in self.peaks:
                     return pair, self.peaks[pair]
-        wanted = operand_rate(x, y)
+        return self._rate(operand_rate(x, y))
+
+    def _rate(self, wanted: str) -> tuple[str, float]:
         for name in STAND_INS[wanted]:
             if name in self.peaks:
                 return name, self.peaks[name]
@@ -100,9 +102,13 @@ class Hardware:
         )
 
     def peak(self, name: str) -> float:
-        """P in FLOP/s for operands of that format, or of the next wider one it has."""
-        x = load_format(name)
-        return self.rate(x, x)[1]
+        """P in FLOP/s for operands of that format, or of the next wider one it has.
+
+        Parameters
+        ----------
+        name : a number format, or one of the rates that `peaks` may have ("fp4").
+        """
+        return self._rate(name if name in STAND_INS else load_format(name).computes_as)[1]
 
     def ridge_point(self, name: str = "fp16") -> float:
         """P/W, the arithmetic intensity in FLOP/B at which the two roofs meet."""

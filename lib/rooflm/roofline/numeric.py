@@ -95,8 +95,10 @@ def size(name: str, value: Any, smallest: int = 1) -> Number:
         if smallest <= value <= LARGEST_SIZE:
             return value
         raise _bad_size(name, value, smallest)
-    if _is_symbol(value) and not value.is_number:
-        return value
+    if _is_symbol(value):
+        if not value.is_number:
+            return value
+        value = int(value) if value.is_Integer else float(value) if value.is_real else None
     if is_array(value) or isinstance(value, (list, tuple, range)) or _is_series(value):
         return _array_of_sizes(name, value, smallest)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:

@@ -21,9 +21,9 @@ _SCALES = {"k": 3, "K": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
 _SMALL = {"m": -3, "µ": -6, "μ": -6, "u": -6, "n": -9}
 _UNIT = r"(?:B|bytes?|FLOPs?|FLOPS|OPs?|OPS|ops?|bits?|b|Hz|W|J|s|params?|parameters)(?![a-zA-Z])"
 _PRINTED = re.compile(
-    r"\s*(?P<digits>[+-]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*"
-    rf"(?:(?P<binary>[KMGTP])i(?=B)|(?P<scale>[kKMGTPE])(?=$|\s|{_UNIT})|"
-    r"(?P<small>[mµμun])(?=s(?![a-zA-Z])|[JW](?![a-zA-Z]))|(?P<percent>%))?(?P<rest>.*)"
+    r"\s*(?P<digits>[+−-]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*"
+    rf"(?:(?P<binary>[KMGTP])i(?=B)|(?P<scale>[kKMGTPE])(?=\W*$|\s*{_UNIT})|"
+    r"(?P<small>[mµμun])(?=s(?![a-zA-Z])|[JW](?![a-zA-Z]))|(?P<percent>%))?(?!\s*[\d.^–-]).*"
 )
 _RELATIVE = Decimal("1e-9")  # for an expected number, which is not printed but computed
 _NOISE = Decimal("1e-12")  # of binary arithmetic, at the edge of a printed digit
@@ -133,6 +133,8 @@ def compare(
         return _compare_numbers(name, ours, expected, source, within)
     if hasattr(ours, "shape"):  # a scalar has become a Python number
         raise ValueError(f"{name!r} is an array of shape {tuple(ours.shape)}; allowed: one number")
+    if isinstance(ours, (list, tuple)) and isinstance(expected, (list, tuple)):
+        ours, expected = tuple(ours), tuple(expected)  # shapes
     agrees = type(ours) is type(expected) and bool(ours == expected)
     return Verdict(name, _words(ours), _words(expected), source, agrees)
 
@@ -140,13 +142,13 @@ def compare(
 def read_printed(text: str) -> Printed:
     """The number at the start of a text, with the digits that were printed.
 
-    >>> read_printed("69G").value, read_printed("69G").half_digit
-    (Decimal('6.9E+10'), Decimal('5E+8'))
+    >>> float(read_printed("69G").value), float(read_printed("69G").half_digit)
+    (69000000000.0, 500000000.0)
     """
     found = _PRINTED.fullmatch(text)
     if not found:
         raise ValueError(f"expected is {text!r}; allowed: text that starts with a number")
-    digits = Decimal(found["digits"].replace(",", ""))
+    digits = Decimal(found["digits"].replace(",", "").replace("−", "-"))
     sign, factor = "", Decimal(1)
     if found["binary"]:
         sign, factor = f"{found['binary']}i", Decimal(1024) ** (_SCALES[found["binary"]] // 3)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from rooflm.roofline.analysis import ATTENTIONS, Report, analyze
@@ -146,7 +147,11 @@ class Explorer:
     def html(self) -> str:
         """The page's form: the setting at the start, without controls."""
         note = f"<p><strong>Explorer, at its default setting.</strong> {HINT}</p>"
-        return f'<div class="explorer">{note}{view(**self.start)}</div>'
+        return f'<div class="explorer">{note}{self._view}</div>'
+
+    @cached_property
+    def _view(self) -> str:
+        return view(**self.start)
 
     def widget(self) -> Any:
         """The live form, an ipywidgets VBox; None where ipywidgets is not installed."""
@@ -155,7 +160,7 @@ class Explorer:
                 import ipywidgets
             except ImportError:
                 return None
-            self._box = _box(ipywidgets, self.controls)
+            self._box = _box(ipywidgets, self.controls, self._view)
         return self._box
 
 
@@ -171,7 +176,8 @@ def view(**settings: Any) -> str:
     image = f'<img alt="{html.escape(figure.alt)}" src="data:image/png;base64,{png}">'
     return (
         f'<p role="status">{html.escape(_verdict(report))}</p>'
-        f'<figure style="margin: 0">{image}<figcaption>{caption}</figcaption></figure>'
+        f'<figure style="margin: 0">{image}'
+        f'<figcaption style="color: inherit; font-weight: inherit">{caption}</figcaption></figure>'
         f"{_totals_table(report, totals).html}{operators(report).html}"
     )
 
@@ -219,13 +225,13 @@ def _starting_at(control: Control, value: Any) -> Control:
     return replace(control, options=options, default=value)
 
 
-def _box(widgets: Any, controls: tuple[Control, ...]) -> Any:
+def _box(widgets: Any, controls: tuple[Control, ...], start: str) -> Any:
     """Widgets for the controls over one HTML widget, which is written anew when one moves.
 
     Nothing is printed in a callback: notebooks compare what is printed.
     """
     made = {control.name: _widget(widgets, control) for control in controls}
-    shown = widgets.HTML(value=view(**{name: w.value for name, w in made.items()}))
+    shown = widgets.HTML(value=start)
 
     def redraw(_: Any) -> None:
         shown.value = view(**{name: w.value for name, w in made.items()})

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Bbox
 
 SIZE = 10  # points
 _ANGLES = (-45, 0, -90, 180, 45, -135, 90, 135, -20, -70, -110, 20)
+LEADER_FROM = 20  # points
 _DISTANCES = (9, 16, 26, 40, 56, 74)  # points
 
 
@@ -33,16 +34,15 @@ class Label:
 def place(ax: Axes, labels: list[Label], lines: list[tuple[np.ndarray, np.ndarray]]) -> None:
     """Write each label where it covers least: other labels, markers, the given lines.
 
+    The figure is settled (`canvas.settle`), so that data coordinates have pixels.
+
     Parameters
     ----------
     labels : what to write, the most important first.
     lines : polylines in data coordinates that labels should not cross.
     """
-    figure = ax.figure
-    canvas = FigureCanvasAgg(figure)
-    figure.draw_without_rendering()  # settles the layout, so that data coordinates have pixels
-    figure.set_layout_engine("none")  # and keeps it: labels may not move it
-    renderer = canvas.get_renderer()
+    figure: Any = ax.figure
+    renderer = figure.canvas.get_renderer()
     pixel = figure.dpi / 72
     inside = ax.get_window_extent(renderer)
     crossed = _pixels(ax, lines)
@@ -61,7 +61,7 @@ def place(ax: Axes, labels: list[Label], lines: list[tuple[np.ndarray, np.ndarra
         offset, best, distance = _best(label, anchor, box, pixel, inside, taken, crossed)
         text.set_position((offset[0] / pixel, offset[1] / pixel))
         taken.append(best)
-        if distance > 20:
+        if distance > LEADER_FROM:
             _leader(ax, anchor, best)
 
 
@@ -84,9 +84,13 @@ def _best(
             # The nearest edge or corner of the box stands `reach` away from the point.
             dx = reach * cos - box.width * (1 - cos) / 2
             dy = reach * sin - box.height * (1 - sin) / 2
+            dx = min(dx, inside.x1 - anchor[0] - box.width)
+            dx = max(dx, inside.x0 - anchor[0] + 2)
             at = Bbox.from_bounds(anchor[0] + dx, anchor[1] + dy, box.width, box.height)
             turned = abs((angle - wish + 180) % 360 - 180)
             cost = _cost(at, inside, taken, crossed) + distance / 20 + turned / 300
+            if distance > LEADER_FROM:
+                cost += 3 * _crossings(anchor, _nearest(anchor, at), taken)
             if found is None or cost < found[0]:
                 found = (cost, (dx, dy), at, distance)
     assert found is not None
@@ -124,9 +128,21 @@ def _pixels(ax: Axes, lines: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty((0, 2))
 
 
+def _nearest(anchor: np.ndarray, box: Bbox) -> np.ndarray:
+    """The place of the box that is nearest to the point."""
+    x, y = min(max(anchor[0], box.x0), box.x1), min(max(anchor[1], box.y0), box.y1)
+    return np.array([x, y])
+
+
+def _crossings(start: np.ndarray, end: np.ndarray, taken: list[Bbox]) -> int:
+    """How many boxes a leader runs through; the one it starts from does not count."""
+    steps = [start + (end - start) * share for share in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    others = [box for box in taken if not box.contains(*start)]
+    return sum(any(box.contains(*step) for step in steps) for box in others)
+
+
 def _leader(ax: Axes, anchor: np.ndarray, box: Bbox) -> None:
     """A thin line from the point to the nearest place of the box."""
-    near = (min(max(anchor[0], box.x0), box.x1), min(max(anchor[1], box.y0), box.y1))
-    ends = ax.transData.inverted().transform(np.array([anchor, near]))
+    ends = ax.transData.inverted().transform(np.array([anchor, _nearest(anchor, box)]))
     ax.plot(ends[:, 0], ends[:, 1], color="#777777", linewidth=0.8, zorder=2, in_layout=False,
             scalex=False, scaley=False)  # fmt: skip

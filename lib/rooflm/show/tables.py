@@ -20,10 +20,10 @@ OPERATOR_COLUMNS = {
     "weight_bytes": ("weights", "B"),
     "activation_bytes": ("activations", "B"),
     "kv_bytes": ("KV cache", "B"),
-    "intensity": ("intensity", "FLOP/B"),
+    "intensity": ("FLOP/B", ""),
     "attainable": ("attainable", "FLOP/s"),
-    "seconds": ("time of a layer", "s"),
-    "total_seconds": ("time of all layers", "s"),
+    "seconds": ("time of one layer", "s"),
+    "total_seconds": ("time", "s"),
     "bound": ("bound", None),
     "rate": ("roof", None),
 }
@@ -57,7 +57,9 @@ class Table:
     def html(self) -> str:
         """The table in a box that scrolls by itself, with the keyboard too."""
         label = html.escape(self.caption or "Table: " + ", ".join(self.columns), quote=True)
-        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        # The span can stay in view while the table below it scrolls.
+        words = html.escape(self.caption or "")
+        caption = f"<caption><span>{words}</span></caption>" if words else ""
         head = "".join(
             f'<th scope="col"{_class(right)}>{html.escape(name)}</th>'
             for name, right in zip(self.columns, self.right, strict=True)
@@ -139,7 +141,9 @@ def operators(report: Report, columns: Sequence[str] | None = None) -> Table:
     headings = tuple(OPERATOR_COLUMNS[name][0] for name in names)
     right = tuple(OPERATOR_COLUMNS[name][1] is not None for name in names)
     rows = tuple(tuple(_operator_cell(row, name) for name in names) for row in report.operators)
-    return Table(headings, rows, right, f"{report_words(report)}; work and bytes of one layer")
+    of_all = ", time of all" if "total_seconds" in names else ""
+    caption = f"{report_words(report)}; work and bytes of one layer{of_all}"
+    return Table(headings, rows, right, caption)
 
 
 def _operator_cell(row: Row, name: str) -> str:
@@ -157,6 +161,7 @@ def _cells_of(rows: Any, columns: Any) -> tuple[list[Any], list[str], list[tuple
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
         counts = rows.index.name is None and type(rows.index).__name__ == "RangeIndex"
         rows = (rows if counts else rows.reset_index()).to_dict("records")
+        rows = [{key: _gap(cell) for key, cell in row.items()} for row in rows]
     rows = [row._asdict() if hasattr(row, "_asdict") else row for row in rows]
     if rows and isinstance(rows[0], Mapping):
         if columns is None:
@@ -171,6 +176,11 @@ def _cells_of(rows: Any, columns: Any) -> tuple[list[Any], list[str], list[tuple
         raise ValueError("rows are tuples; allowed: together with columns=[headings]")
     keys = list(columns)
     return keys, [str(key) for key in keys], [tuple(row) for row in rows]
+
+
+def _gap(cell: Any) -> Any:
+    """None for a frame's empty cell, which pandas holds as NaN."""
+    return None if isinstance(cell, float) and cell != cell else cell
 
 
 def _text(cell: Any, digits: int) -> str:

@@ -107,9 +107,18 @@ def pass_words(step: ForwardPass) -> str:
 
 
 def report_words(report: Report) -> str:
-    """Model, device and pass of a report, and whether it fits where it does not."""
+    """Model, device, pass and formats of a report, and whether it fits where it does not."""
     name = report.model.name.rsplit("/", 1)[-1]
-    return f"{name} on {report.device.name}, {pass_words(report.step)}{fit_words(report)}"
+    parts = [f"{name} on {report.device.name}", pass_words(report.step), plan_words(report)]
+    return ", ".join(filter(None, parts)) + fit_words(report)
+
+
+def plan_words(report: Report) -> str:
+    """What of a plan is not usual: formats other than FP16, attention that is not fused."""
+    p = report.precision
+    held = {"weights": p.weights, "activations": p.activations, "KV cache": p.kv_cache}
+    words = [f"{what} {form.name}" for what, form in held.items() if form.name != "fp16"]
+    return ", ".join(words + ["unfused attention"] * (report.attention == "unfused"))
 
 
 def fit_words(report: Report) -> str:
