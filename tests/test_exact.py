@@ -6,6 +6,7 @@ element that a kernel loads or stores, one at a time, in a tiny model, and count
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 import rooflm
@@ -148,6 +149,13 @@ def test_rows_are_per_layer_and_totals_over_all_layers():
     assert report.flops == sum(row.count * row.flops for row in report.operators)
     assert report.bytes == sum(row.count * row.bytes for row in report.operators)
     assert report.seconds == pytest.approx(sum(r.count * r.seconds for r in report.operators))
+
+
+def test_a_chunk_without_logits_leaves_the_head_out_for_arrays_too(llama_7b, a6000):
+    one = rooflm.analyze(llama_7b, a6000, ForwardPass(2, 16, 0, 0))
+    sweep = rooflm.analyze(llama_7b, a6000, ForwardPass(np.array([2]), 16, 0, 0))
+    assert one.operators[-1].name == sweep.operators[-1].name == "final_norm"
+    assert sweep.bytes[0] == one.bytes
 
 
 def test_a_parallel_block_has_one_norm_and_the_same_cost_otherwise():

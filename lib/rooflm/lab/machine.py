@@ -224,8 +224,7 @@ def measure_machine(seconds: float = 1.5, threads: int | None = None) -> Hardwar
         moved, streams = stream_bytes(STREAM_ELEMENTS), stream_timings(seconds=seconds / 3)
         bandwidth = max(moved[name] / streams[name].best_s for name in moved)
         peaks = {"fp32": _square_rate("fp32", seconds / 3)}
-        # Emulated BF16 takes seconds at the size that FP32 needs, so a small matmul decides.
-        if square_timing(256, "bf16", 0.01).best_s < square_timing(256, "fp32", 0.01).best_s:
+        if _beats_fp32("bf16"):
             peaks["bf16"] = _square_rate("bf16", seconds / 3)
     return Hardware("this machine", bandwidth=bandwidth, peaks=peaks)
 
@@ -283,14 +282,25 @@ def time_block(
                 run_layer(block, layer, x, record)
 
         _time_for(seconds, one_pass)
-    # The first two passes over the copies were the warm-up.
-    return {name: Timing.of(of[2 * copies :]) for name, of in times.items()}
+    # The first pass over the copies was the warm-up.
+    return {name: Timing.of(of[copies:]) for name, of in times.items()}
 
 
 def _square_rate(dtype: str, seconds: float) -> float:
     """The best FLOP/s of square matmuls; FLOPs, not MACs: hence the 2."""
     timings = {side: square_timing(side, dtype, seconds / len(SQUARES)) for side in SQUARES}
     return max(2 * side**3 / timing.best_s for side, timing in timings.items())
+
+
+def _beats_fp32(dtype: str) -> bool:
+    """Whether small squares are faster than in FP32; emulated, a large one takes seconds.
+
+    Twice, and FP32 for longer, so that one stall on a busy machine does not decide.
+    """
+    for side in (256, 512):
+        if square_timing(side, dtype, 0).best_s >= square_timing(side, "fp32", 0.05).best_s:
+            return False
+    return True
 
 
 def _time_linear(x: Tensor, weights: list[Tensor], runs: int) -> Timing:
@@ -305,12 +315,12 @@ def _seconds(f: Callable[[], Any]) -> float:
 
 
 def _time_for(seconds: float, f: Callable[[], Any]) -> Timing:
-    f()  # first touch
-    return time_call(f, _runs(seconds, _seconds(f)), warmup=0)
-
-
-def _runs(seconds: float, of_one: float) -> int:
-    return max(3, min(100, round(seconds / max(of_one, 1e-9))))
+    """Time f for about that long, 3 to 100 times, after one call to warm up."""
+    f()
+    times = [_seconds(f) for _ in range(3)]
+    while sum(times) < seconds and len(times) < 100:
+        times.append(_seconds(f))
+    return Timing.of(times)
 
 
 def _dtype(name: str) -> torch.dtype:

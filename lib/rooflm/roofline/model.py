@@ -349,8 +349,8 @@ class Model:
             rows.append(("head", 1, norm))
         if self.embedding_dim:
             rows.append(("head", 1, op.linear("project_out", t, hidden, width, 0, w, a)))
-        heads = step.batch * step.logits
-        if type(heads) is not int or heads:
-            head = op.linear("lm_head", heads, width, self.vocab, int(self.head_bias), w, a)
+        if type(step.logits) is not int or step.logits:
+            scored = step.batch * step.logits
+            head = op.linear("lm_head", scored, width, self.vocab, int(self.head_bias), w, a)
             rows.append(("head", 1, head))
         return rows
