@@ -152,7 +152,7 @@ def test_bandwidth_kernels_count_one_transfer_for_each_operand():
 
 
 def test_every_bandwidth_kernel_runs():
-    timings = machine.stream_timings(elements=8192, seconds=1e-6)
+    timings = machine.stream_timings(elements=8192, piece=4096, seconds=1e-6)
     assert list(timings) == list(machine.stream_bytes(8192))
     assert all(timing.best_s > 0 and timing.runs >= 3 for timing in timings.values())
 
@@ -175,6 +175,7 @@ def test_copies_exceed_the_cache_four_times(nbytes):
 
 def test_the_measured_machine_is_a_device_like_any_other(monkeypatch):
     monkeypatch.setattr(machine, "STREAM_ELEMENTS", 8192)
+    monkeypatch.setattr(machine, "STREAM_PIECE", 4096)
     monkeypatch.setattr(machine, "SQUARES", (16, 32))
     before = torch.get_num_threads()
     device = machine.measure_machine(seconds=0.01, threads=1)
@@ -202,7 +203,7 @@ def test_threads_are_restored_after_an_error():
         (lambda: machine.matmul_timing(1, 8, 8, "fp31"), "dtype"),
         (lambda: machine.time_call(int, runs=0), "runs is 0"),
         (lambda: machine.measure_machine(seconds=0), "seconds is 0"),
-        (lambda: machine.stream_timings(4097), "multiple of 4096"),
+        (lambda: machine.stream_timings(8192, 4097), "multiple of 4096"),
         (lambda: machine.time_block(SMALL, 1, 4, 5, layers=1), "new_tokens is 5"),
         (lambda: machine.time_block(SMALL, 0, 4, layers=1), "batch is 0"),
         (lambda: machine.time_block(rooflm.Block(SMALL.mlp, SMALL.mlp), 1, 4), "can't be timed"),

@@ -45,7 +45,10 @@ from rooflm.roofline.numeric import shorten, size, unknown
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STREAM_ELEMENTS = 2**26  # 256 MiB in FP32, several times a last-level cache
-SQUARES = (1024, 2048)  # sides of the matmuls that look for the compute roof
+# Streams and squares are timed in calls of a few milliseconds: a longer one is interrupted on
+# a busy machine, and then no run is a fast one.
+STREAM_PIECE = 2**21
+SQUARES = (512, 1024)  # sides of the matmuls that look for the compute roof
 _UNKNOWN_CACHE = 32 * 2**20  # assumed where the system does not say
 
 
@@ -136,26 +139,40 @@ def stream_bytes(elements: int) -> dict[str, int]:
     return {"read": 4 * elements, "copy": 8 * elements, "triad": 12 * elements}
 
 
-def stream_timings(elements: int = STREAM_ELEMENTS, seconds: float = 0.5) -> dict[str, Timing]:
-    """Time the kernels of `stream_bytes`: y = X w by rows, z = x, z = x + 3 y.
+def stream_timings(
+    elements: int = STREAM_ELEMENTS, piece: int = STREAM_PIECE, seconds: float = 0.5
+) -> dict[str, Timing]:
+    """Time the kernels of `stream_bytes` on a piece: y = X w by rows, z = x, z = x + 3 y.
 
     Parameters
     ----------
-    elements : length of each vector, a multiple of 4096; too large for a cache.
-    seconds : about how long in all; each kernel runs 3 to 100 times.
+    elements : length of each vector; too large for a cache. Its pieces take turns, so that each
+        has left the cache when its turn comes again.
+    piece : elements of one call, a multiple of 4096 that divides `elements`.
+    seconds : about how long in all.
     """
     width = 4096
-    rows = size("elements", elements) // width
-    if rows * width != elements:
-        raise ValueError(f"elements is {elements}; allowed: a multiple of {width}")
-    x, y, z = torch.ones(elements), torch.ones(elements), torch.ones(elements)
-    matrix, vector, out = x.view(rows, width), torch.ones(width), torch.empty(rows)
-    kernels: dict[str, Callable[[], Tensor]] = {
-        "read": lambda: torch.mv(matrix, vector, out=out),
-        "copy": lambda: z.copy_(x),
-        "triad": lambda: torch.add(x, y, alpha=3.0, out=z),
-    }
-    return {name: _time_for(seconds / len(kernels), f) for name, f in kernels.items()}
+    if size("elements", elements) % size("piece", piece) or piece % width:
+        raise ValueError(
+            f"piece is {piece}; allowed: a multiple of {width} that divides {elements}"
+        )
+    x, y, z = (torch.ones(elements).split(piece) for _ in range(3))
+    vector, out = torch.ones(width), torch.empty(piece // width)
+    turn = cycle(range(len(x)))
+
+    def read() -> Tensor:
+        return torch.mv(x[next(turn)].view(-1, width), vector, out=out)
+
+    def copy() -> Tensor:
+        i = next(turn)
+        return z[i].copy_(x[i])
+
+    def triad() -> Tensor:
+        i = next(turn)
+        return torch.add(x[i], y[i], alpha=3.0, out=z[i])
+
+    kernels = {"read": read, "copy": copy, "triad": triad}
+    return {name: _time_for(seconds / 3, kernel, 5000) for name, kernel in kernels.items()}
 
 
 def square_timing(side: int, dtype: str = "fp32", seconds: float = 0.5) -> Timing:
@@ -221,7 +238,10 @@ def measure_machine(seconds: float = 1.5, threads: int | None = None) -> Hardwar
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds is {shorten(seconds)}; allowed: a positive number")
     with thread_count(threads), torch.inference_mode():
-        moved, streams = stream_bytes(STREAM_ELEMENTS), stream_timings(seconds=seconds / 3)
+        moved, streams = (
+            stream_bytes(STREAM_PIECE),
+            stream_timings(STREAM_ELEMENTS, STREAM_PIECE, seconds / 3),
+        )
         bandwidth = max(moved[name] / streams[name].best_s for name in moved)
         peaks = {"fp32": _square_rate("fp32", seconds / 3)}
         if _beats_fp32("bf16"):
@@ -314,12 +334,14 @@ def _seconds(f: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _time_for(seconds: float, f: Callable[[], Any]) -> Timing:
-    """Time f for about that long, 3 to 100 times, after one call to warm up."""
+def _time_for(seconds: float, f: Callable[[], Any], most: int = 100) -> Timing:
+    """Time f for about that long, 3 to `most` times, after one call to warm up."""
     f()
     times = [_seconds(f) for _ in range(3)]
-    while sum(times) < seconds and len(times) < 100:
+    total = sum(times)
+    while total < seconds and len(times) < most:
         times.append(_seconds(f))
+        total += times[-1]
     return Timing.of(times)
 
 

@@ -159,6 +159,8 @@ def read_printed(text: str) -> Printed:
     elif found["percent"]:
         sign, factor = "%", Decimal("0.01")
     half = Decimal(5).scaleb(int(digits.as_tuple().exponent) - 1)
+    if sign and (unit := text[found.end("digits") :].strip()) != sign:
+        sign = f" {unit}"  # "17 ms": the unit goes with its prefix
     return Printed(digits * factor, half * factor, factor, sign)
 
 

@@ -177,7 +177,7 @@ def _stacked_alt(
     for label, of_bar in by_label.items():
         total = sum(of_bar.values())
         over = ", does not fit" if line and total > line[1] else ""
-        each = ", ".join(f"{name} {si(value, unit)}" for name, value in of_bar.items())
+        each = ", ".join(f"{name} {si(value, unit)}" for name, value in of_bar.items() if value)
         parts.append(f"{label}: {si(total, unit)} in all{over} ({each})")
     text = f"Stacked bars of {what}. " + "; ".join(parts)
     return text + (f"; {line[0]}: {si(line[1], unit)}." if line else ".")
