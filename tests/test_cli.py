@@ -143,6 +143,11 @@ def test_models_and_hardware_list_every_name(capsys):
         (["sweep", LLAMA, A6000, "--batch", "5:1"], "batch is '5:1'"),
         (["sweep", LLAMA, A6000, "--batch", "1:1099511627776"], "at most"),
         (["sweep", LLAMA, A6000, "--batch", "1:2000", "--context", "1:2000"], "rows"),
+        (["analyze", LLAMA, A6000, "--batch=--"], "batch is '--'"),
+        (["analyze", LLAMA, A6000, "--phase=--"], "phase is '--'"),
+        (["analyze", LLAMA, A6000, "--batch", "1_000"], "batch is '1_000'"),
+        (["analyze", LLAMA, A6000, "--batch", "٣"], "batch is"),
+        (["sweep", LLAMA, A6000, "--batch", "1", "8", "64"], "1,8,64"),
         (["analyze", "/", A6000], "/"),
         (["analyze", "/dev/zero", A6000], "/dev/zero"),
         (["analyze", "a\nb", A6000], "a"),
@@ -217,6 +222,41 @@ def test_any_words_end_in_an_answer_or_one_line(arguments):
     else:
         assert status == 2
         assert err.getvalue().count("\n") == 1
+
+
+def test_the_table_adds_up_and_says_what_it_is_of(capsys):
+    out = run(capsys, "analyze", LLAMA, A6000, "--batch", 2)[1]
+    assert out.startswith(f"{LLAMA} on {A6000}, decode, batch 2, context 2048; weights fp16")
+    report = rooflm.analyze(LLAMA, A6000, ForwardPass.decode(2, 2048))
+    q_proj = next(row for row in report.operators if row.name == "q_proj")
+    line = next(line for line in out.splitlines() if line.startswith("q_proj"))
+    assert f"{32 * q_proj.seconds * 1e3:.4g} ms" in line
+    assert "48 GiB (51.54 GB)" in out
+
+
+def test_a_window_that_is_not_modelled_is_named(capsys):
+    words = ("analyze", "mistralai/Mistral-7B-v0.1", A6000, "--context")
+    assert "window of 4096" in run(capsys, *words, 8192)[1]
+    assert "window" not in run(capsys, *words, 4096)[1]
+
+
+def run_process(redirect, **environment):
+    line = f'"{sys.executable}" -m rooflm analyze {LLAMA} {A6000} {redirect}'
+    env = os.environ | {"PYTHONPATH": str(LIB)} | environment
+    return subprocess.run(line, shell=True, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("redirect", [">/dev/full", ">&-"])
+def test_an_output_that_takes_nothing_ends_in_one_line(redirect):
+    done = run_process(redirect)
+    assert done.returncode == 2
+    assert done.stderr.startswith("rooflm: ") and done.stderr.count("\n") == 1
+
+
+def test_a_terminal_without_greek_letters_is_answered_too():
+    done = run_process("", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1.024 us" in done.stdout
 
 
 def test_a_reader_that_stops_early_gets_no_traceback():

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,24 @@ def test_absent_kv_heads_are_the_default_of_the_family_and_null_ones_are_all_hea
 
 def test_quantization_and_windows_change_no_shape() -> None:
     more = {"quantization_config": {"bits": 4}, "sliding_window": 16, "torch_dtype": "float16"}
-    assert load_model(LLAMA | more) == load_model(LLAMA)
+    model = load_model(LLAMA | more)
+    assert replace(model, window=0) == load_model(LLAMA)
+    assert model.window == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [
+        ("mistralai/Mistral-7B-v0.1", 4096),
+        ("google/gemma-2-9b", 4096),
+        ("microsoft/Phi-3-mini-4k-instruct", 2047),
+        ("Qwen/Qwen2.5-7B", 0),  # published with use_sliding_window false
+        ("Qwen/Qwen3-8B", 0),
+        ("meta-llama/Llama-2-7b-hf", 0),
+    ],
+)
+def test_an_attention_window_is_read_where_it_is_switched_on(name: str, window: int) -> None:
+    assert load_model(name).window == window
 
 
 def test_a_whole_float_is_a_size() -> None:

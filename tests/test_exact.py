@@ -4,6 +4,9 @@ The oracle below runs no formula: it visits every multiply-add, every query-key 
 element that a kernel loads or stores, one at a time, in a tiny model, and counts.
 """
 
+import copy
+import pickle
+import re
 from collections import Counter
 
 import numpy as np
@@ -198,6 +201,18 @@ def test_lower_bound_is_peak_time_or_weights_and_cache_moved_once(llama_7b, a600
     assert report.lower_bound == pytest.approx((flops + vectors) / 154.8385e12, rel=1e-12)
 
 
+def test_lower_bound_reads_no_table_row_twice(a6000):
+    # A million sequences decode: every row of both tables is read, none of them twice.
+    model = rooflm.load_model("facebook/opt-125m")
+    step = ForwardPass.decode(10**6, 1024)
+    report = rooflm.analyze(model, a6000, step)
+    read = model.parameters - (2048 + 2 - 1) * 768  # all weights; one position of the table
+    tied_head = 50272 * 768  # read as the embedding and again as the head
+    cache = 10**6 * 1024 * 2 * 12 * 768
+    floor = 2 * (read + tied_head + cache) / 768e9
+    assert report.lower_bound == pytest.approx(floor, rel=1e-6)
+
+
 def test_bound_is_the_kind_that_holds_more_of_the_time(llama_7b, a6000):
     for step in (ForwardPass.prefill(1, 2048), ForwardPass.decode(1, 2048), ForwardPass(1, 200)):
         report = rooflm.analyze(llama_7b, a6000, step)
@@ -244,5 +259,42 @@ def test_a_report_says_when_the_plan_does_not_fit(llama_70b, a6000):
     report = rooflm.analyze(llama_70b, a6000, ForwardPass.decode(1, 64))
     assert report.fits is False
     assert "DOES NOT FIT" in str(report)
+    sweep = rooflm.analyze(llama_70b, a6000, ForwardPass.decode(np.array([1, 2]), 64))
+    assert "DOES NOT FIT" in str(sweep)
+    one = rooflm.analyze(llama_70b, a6000, ForwardPass.decode(np.int64(1), 64))
+    assert "DOES NOT FIT" in str(one)
+    assert one.bound == "memory"
+    p = Precision("int4")
+    some = rooflm.analyze(llama_70b, a6000, ForwardPass.decode(np.array([1, 5000]), 64), p)
+    assert "fits for some" in str(some)
     chip = rooflm.Hardware("chip", 1e12, {"fp16": 1e12})
     assert rooflm.analyze(llama_70b, chip, ForwardPass.decode(1, 64)).fits is None
+
+
+def test_a_context_beyond_a_window_is_named_as_counted_too_large(a6000):
+    model = rooflm.load_model("mistralai/Mistral-7B-v0.1")
+    assert model.window == 4096
+    within = rooflm.analyze(model, a6000, ForwardPass.decode(1, 4096))
+    beyond = rooflm.analyze(model, a6000, ForwardPass.decode(1, 4097))
+    assert within.beyond_window == "" and "window" not in str(within)
+    assert "window of 4096 tokens is not modelled" in str(beyond)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"step": 5}, "step is 5; allowed: a ForwardPass"),
+        ({"precision": "int4"}, "precision is 'int4'; allowed: a Precision"),
+        ({"calibration": {}}, "calibration is {}; allowed: a Calibration"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_named(arguments, named, llama_7b, a6000):
+    given = {"step": ForwardPass.decode(1, 1)} | arguments
+    with pytest.raises(ValueError, match=re.escape(named)):
+        rooflm.analyze(llama_7b, a6000, **given)
+
+
+def test_a_report_survives_a_pickle(llama_7b, a6000):
+    report = rooflm.analyze(llama_7b, a6000, ForwardPass.decode(1, 64))
+    assert pickle.loads(pickle.dumps(report)) == report
+    assert copy.deepcopy(a6000) == a6000

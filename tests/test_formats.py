@@ -78,8 +78,9 @@ def test_an_unknown_format_is_named_in_one_line(name):
 
 
 def test_a_format_must_be_a_name():
-    with pytest.raises(ValueError, match="named by a string"):
-        Precision(weights=16)
+    for wrong in (16, ["int4"], None):
+        with pytest.raises(ValueError, match="named by a string"):
+            Precision(weights=wrong)
 
 
 def test_the_nearest_format_is_offered():

@@ -117,7 +117,9 @@ def test_a_device_with_nothing_as_wide_says_so():
         ({"bandwidth": 0}, "bandwidth of chip is 0"),
         ({"bandwidth": float("nan")}, "bandwidth of chip is nan"),
         ({"bandwidth": "fast"}, "bandwidth of chip is 'fast'"),
+        ({"bandwidth": 10**400}, "bandwidth of chip is an integer of"),
         ({"peaks": {}}, "peaks of chip is {}"),
+        ({"peaks": {"fp16*int8*int4": 1e12}}, "unknown peak format 'fp16*int8*int4'"),
         ({"peaks": {"fp17": 1e12}}, "unknown peak format 'fp17'"),
         ({"peaks": {"fp16": -1}}, "peak fp16 of chip is -1"),
         ({"memory_capacity": float("inf")}, "memory_capacity of chip is inf"),
@@ -132,6 +134,8 @@ def test_a_roof_that_cannot_be_is_refused(arguments, named):
 def test_an_unknown_device_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match="nearest: nvidia-a6000"):
         rooflm.load_hardware("nvidia-a600")
+    with pytest.raises(ValueError, match="nearest: nvidia-h100-pcie, nvidia-h100-sxm;"):
+        rooflm.load_hardware("H100")
 
 
 def test_a_peak_is_asked_for_by_its_rate_or_by_a_format_that_uses_it():

@@ -242,6 +242,20 @@ def test_the_largest_sizes_are_finite(llama_7b, a6000):
     assert array.seconds[0] == pytest.approx(report.seconds)
 
 
+def test_logits_are_0_for_all_passes_or_positive_for_each():
+    for zero in (0, np.int64(0), np.array(0)):
+        assert ForwardPass(1, 4, 0, zero).logits == 0
+    with pytest.raises(ValueError, match="logits holds a 0"):
+        ForwardPass(1, 4, 0, [0, 1])
+
+
+def test_an_answer_with_symbols_agrees_with_numbers(llama_7b, a6000):
+    b = sympy.Symbol("b", positive=True, integer=True)
+    formula = rooflm.generation(llama_7b, a6000, None, b, 8, 4)
+    number = rooflm.generation(llama_7b, a6000, None, 5, 8, 4)
+    assert float(formula.seconds.subs(b, 5)) == pytest.approx(number.seconds, rel=1e-9)
+
+
 def test_more_logits_than_new_tokens_are_refused():
     with pytest.raises(ValueError, match="logits is 3; allowed: at most new_tokens"):
         ForwardPass(1, 2, 0, 3)

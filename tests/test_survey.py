@@ -183,3 +183,25 @@ def test_arrays_and_numbers_agree_in_the_surveys_accounting(llama_70b, a6000):
                 one = analyze(llama_70b, a6000, phase(2, context), None, attention, "survey")
                 assert sweep.seconds[i] == pytest.approx(one.seconds, rel=1e-12)
                 assert sweep.bytes[i] == pytest.approx(one.bytes, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-32B", "google/gemma-2-9b"])
+def test_lower_bound_stays_below_the_sum_where_heads_are_wider_than_the_survey_takes_them(
+    name, a6000
+):
+    report = survey_report(rooflm.load_model(name), a6000, ForwardPass.decode(64, 100_000))
+    assert report.lower_bound <= report.seconds
+    assert report.memory.kv_cache < memory(name, batch=64, context=100_000).kv_cache
+
+
+def test_the_surveys_48_gb_are_decimal(llama_13b, a6000):
+    # Figure 19: the largest batches under 48 GB are 84 and 42, which decide at 48e9.
+    p, batches = Precision("int8", "int8", "int8"), np.arange(1, 128)
+    for context in (1024, 2048):
+        m = memory(llama_13b, p, batches, context, 1, "survey", "unfused")
+        largest = rooflm.survey_value(
+            19, f"context {context}", "largest batch up to 127 under 48 GB"
+        )
+        assert batches[m.fits(a6000)][-1] == int(largest)
+        assert m.capacity(a6000) == 48e9
+    assert memory(llama_13b).capacity(a6000) == 48 * 2**30

@@ -16,11 +16,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rooflm.roofline import survey
 from rooflm.roofline.config import load_model
-from rooflm.roofline.formats import Precision
+from rooflm.roofline.formats import Precision, precision_of
 from rooflm.roofline.hardware import Hardware, load_hardware
 from rooflm.roofline.memory import Memory, memory_of
 from rooflm.roofline.model import ForwardPass, Model, PlacedOperator
-from rooflm.roofline.numeric import Number, choose, maximum, minimum, positive, unknown
+from rooflm.roofline.numeric import (
+    Number,
+    choose,
+    is_array,
+    maximum,
+    minimum,
+    positive,
+    shorten,
+    unknown,
+)
 
 if TYPE_CHECKING:
     import pandas
@@ -67,11 +76,10 @@ class Calibration:
 
     def __post_init__(self) -> None:
         for name in ("compute", "memory"):
-            if positive(f"calibration {name}", getattr(self, name), "at most 1") > 1:
-                raise ValueError(
-                    f"calibration {name} is {getattr(self, name)}; allowed: a share in (0, 1]"
-                )
-        if self.overhead != 0:
+            share = positive(f"calibration {name}", getattr(self, name), "1, up to 1")
+            if share > 1:
+                raise ValueError(f"calibration {name} is {share}; allowed: a share in (0, 1]")
+        if type(self.overhead) not in (int, float) or self.overhead:
             positive("calibration overhead", self.overhead, "seconds, or 0")
 
 
@@ -126,11 +134,29 @@ class Report:
         return pandas.DataFrame(self.operators, columns=list(Row._fields))
 
     def __str__(self) -> str:
-        fits = {True: "fits", False: "DOES NOT FIT", None: "capacity not published"}
-        word = fits.get(self.fits, "fits for some") if not hasattr(self.fits, "shape") else ""
+        fits = self.fits
+        if is_array(fits):
+            word = "fits" if fits.all() else "fits for some" if fits.any() else "DOES NOT FIT"
+        else:
+            word = {True: "fits", False: "DOES NOT FIT", None: "capacity not published"}.get(
+                fits, f"fits where {fits}"
+            )
+        window = self.beyond_window
         return (
             f"{self.model.name} on {self.device.name}, {self.step}: {self.seconds} s, "
-            f"{self.bound}-bound, {word}"
+            f"{self.bound}-bound, {word}" + (f"; {window}" if window else "")
+        )
+
+    @property
+    def beyond_window(self) -> str:
+        """A caution where the context exceeds an attention window, else an empty text."""
+        window = self.model.window
+        longer = self.step.context > window
+        if not window or not (longer.any() if is_array(longer) else longer is True):
+            return ""
+        return (
+            f"the attention window of {window} tokens is not modelled yet: "
+            "every layer is counted as if it attended to the whole context"
         )
 
 
@@ -170,7 +196,13 @@ def analyze(
     ('memory', '18.6 ms')
     """
     model, device = load_model(model), load_hardware(device)
-    p = precision if precision is not None else Precision()
+    p = precision_of(precision)
+    if not isinstance(calibration, Calibration):
+        raise ValueError(f"calibration is {shorten(calibration)}; allowed: a Calibration")
+    if not isinstance(step, ForwardPass):
+        raise ValueError(
+            f"step is {shorten(step)}; allowed: a ForwardPass, such as ForwardPass.decode(1, 2048)"
+        )
     if attention not in ATTENTIONS:
         raise unknown("attention", attention, ATTENTIONS)
     if accounting not in ACCOUNTINGS:
@@ -241,7 +273,11 @@ def _report(
         moved = moved + count * q
         compute_seconds = compute_seconds + count * compute
         weights = weights + count * weight
-    cache = model.cache_bytes(step.batch, step.context, p.kv_cache.bytes)
+    if accounting == "survey":
+        cache = survey.cache_bytes(model, step, p)
+    else:
+        cache = model.cache_bytes(step.batch, step.context, p.kv_cache.bytes)
+        weights = weights - model.repeated_rows(step) * p.weights.bytes
     at_peak = compute_seconds * calibration.compute
     lower_bound = maximum(at_peak, (weights + cache) / bandwidth)
     bound = choose(2 * compute_bound > seconds, "compute", "memory")

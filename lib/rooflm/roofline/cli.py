@@ -7,10 +7,13 @@ is allowed; there is no traceback.
 from __future__ import annotations
 
 import argparse
+import codecs
 import csv
+import io
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
@@ -28,6 +31,9 @@ from rooflm.roofline.numeric import shorten, size
 SWEEP_LIMIT = 1_000_000  # rows; a longer sweep is an array's work
 
 
+codecs.register_error("rooflm.ascii", lambda error: ("u", getattr(error, "end", 0)))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, or 2 for bad input.
 
@@ -36,7 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments : the words after the command's name; those of the process by default.
     """
     try:
+        if sys.stdout is None:
+            raise ValueError("standard output is closed")
+        if isinstance(sys.stdout, io.TextIOWrapper):  # "us" where the terminal has no µ
+            sys.stdout.reconfigure(errors="rooflm.ascii")
         options = _parser().parse_args(arguments)
+        for name, value in vars(options).items():
+            if isinstance(value, list):  # argparse's answer to --batch=--
+                raise ValueError(f"{name} is '--'; allowed: a value")
         options.run(options, sys.stdout)
         sys.stdout.flush()
     except ValueError as error:
@@ -44,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk
+        print(f"rooflm: cannot write: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
     except KeyboardInterrupt:
         print("rooflm: interrupted", file=sys.stderr)
         return 130
@@ -67,11 +84,14 @@ def _analyze(options: argparse.Namespace, out: TextIO) -> None:
         answer["memory"] = _memory_fields(report.memory, options.hardware)
         _print_json(answer, out)
         return
+    print(
+        f"{_setting(options)}\nWork and bytes are those of one layer, time that of all.\n", file=out
+    )
     header = ("operator", "layers", "FLOPs", "bytes", "FLOP/B", "attainable", "time", "bound", "at")
     rows = [
         (
             row.name, str(row.count), _si(row.flops), _si(row.bytes, "B"), f"{row.intensity:.4g}",
-            _si(row.attainable, "FLOP/s"), _si(row.seconds, "s"), row.bound, row.rate,
+            _si(row.attainable, "FLOP/s"), _si(row.count * row.seconds, "s"), row.bound, row.rate,
         )
         for row in report.operators
     ]  # fmt: skip
@@ -92,9 +112,10 @@ def _memory(options: argparse.Namespace, out: TextIO) -> None:
     if options.json:
         _print_json(answer, out)
         return
-    for name in ("weights", "kv_cache", "activations", "total", "capacity"):
-        value = answer[name]
-        print(f"{name:12} {'not published' if value is None else _si(value, 'B')}", file=out)
+    print(f"{_setting(options)}\n", file=out)
+    for name in ("weights", "kv_cache", "activations", "total"):
+        print(f"{name:12} {_si(answer[name], 'B')}", file=out)
+    print(f"{'capacity':12} {_capacity(answer['capacity'])}", file=out)
     print(f"{'fits':12} {_YES_NO[answer['fits']]}", file=out)
 
 
@@ -115,6 +136,8 @@ def _generate(options: argparse.Namespace, out: TextIO) -> None:
     if options.json:
         _print_json(answer | {"memory": _memory_fields(g.memory, options.hardware)}, out)
         return
+    sizes = f"batch {options.batch}, {options.prompt_tokens} tokens in, {options.output_tokens} out"
+    print(f"{options.model} on {options.hardware}, {sizes}; {_how(options)}\n", file=out)
     tpot = "none, one token" if math.isnan(g.tpot) else _si(g.tpot, "s")
     print(f"time to first token    {_si(g.ttft, 's')}", file=out)
     print(f"time per output token  {tpot}", file=out)
@@ -155,6 +178,7 @@ def _sweep(options: argparse.Namespace, out: TextIO) -> None:
         writer.writerows(rows())
         return
     text = [tuple(f"{x:.5g}" if isinstance(x, float) else str(x) for x in row) for row in rows()]
+    print(f"{_setting(options)}; s, tokens/s, FLOP and B\n", file=out)
     _print_table(header, text, out)
 
 
@@ -188,7 +212,7 @@ def _hardware(options: argparse.Namespace, out: TextIO) -> None:
     rows = [
         (
             d.name,
-            "not published" if d.memory_capacity is None else _si(d.memory_capacity, "B"),
+            _capacity(d.memory_capacity),
             _si(d.bandwidth, "B/s"),
             ", ".join(f"{name} {_si(peak)}" for name, peak in d.peaks.items()),
         )
@@ -201,7 +225,10 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, like every other."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{' '.join(message.split())[:300]}; help: {self.prog} --help")
+        message = " ".join(message.split())[:300]
+        if re.search(r"unrecognized arguments:.* \d", message):
+            message += "; a list of sizes is one word: 1,8,64"
+        raise ValueError(f"{message}; help: {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -222,14 +249,20 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("hardware", metavar="HARDWARE", help="a name (rooflm hardware)")
         for kind in ("weights", "activations", "kv-cache"):
             added.add_argument(f"--{kind}", default="fp16", metavar="FORMAT", help="default: fp16")
-        added.add_argument("--attention", default="flash", choices=ATTENTIONS)
-        added.add_argument("--accounting", default="exact", choices=ACCOUNTINGS)
+        added.add_argument(
+            "--attention", default="flash", choices=ATTENTIONS, help="default: flash"
+        )
+        added.add_argument(
+            "--accounting", default="exact", choices=ACCOUNTINGS, help="default: exact"
+        )
         return added
 
     def sized(added: argparse.ArgumentParser, several: str = "") -> None:
-        added.add_argument("--phase", default="decode", choices=("prefill", "decode"))
-        added.add_argument("--batch", default="1", metavar="N", help=f"sequences{several}")
-        help_context = f"tokens per sequence once the pass is done{several}"
+        phases = ("prefill", "decode")
+        added.add_argument("--phase", default="decode", choices=phases, help="default: decode")
+        help_batch = f"sequences{several}; default: 1"
+        added.add_argument("--batch", default="1", metavar="N", help=help_batch)
+        help_context = f"tokens per sequence once the pass is done{several}; default: 2048"
         added.add_argument("--context", default="2048", metavar="N", help=help_context)
 
     for name, run, text in (
@@ -240,9 +273,13 @@ def _parser() -> argparse.ArgumentParser:
         sized(added)
         added.add_argument("--json", action="store_true", help="print JSON")
     added = placed("generate", _generate, "latency and throughput of a whole answer")
-    added.add_argument("--batch", default="1", metavar="N", help="sequences")
-    added.add_argument("--prompt-tokens", default="512", metavar="N")
-    added.add_argument("--output-tokens", default="128", metavar="N")
+    for option, default, text in (
+        ("--batch", "1", "sequences"),
+        ("--prompt-tokens", "512", "tokens of each prompt"),
+        ("--output-tokens", "128", "tokens of each answer"),
+    ):
+        help_size = f"{text}; default: {default}"
+        added.add_argument(option, default=default, metavar="N", help=help_size)
     added.add_argument("--json", action="store_true", help="print JSON")
     added = placed("sweep", _sweep, "one pass for each batch and context")
     sized(added, "; a list such as 1,2,4 or a range first:last[:step]")
@@ -265,13 +302,9 @@ def _step(options: argparse.Namespace, batch: int, context: int) -> ForwardPass:
 
 
 def _size(name: str, text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise ValueError(
-            f"{name} is {shorten(text)}; allowed: a whole number from 1 to 2^40"
-        ) from None
-    checked: int = size(name, value)
+    if not re.fullmatch("-?[0-9]{1,20}", text):
+        raise ValueError(f"{name} is {shorten(text)}; allowed: a whole number from 1 to 2^40")
+    checked: int = size(name, int(text))
     return checked
 
 
@@ -296,17 +329,39 @@ def _memory_fields(parts: Memory, hardware: str) -> dict[str, Any]:
         name: getattr(parts, name) for name in ("weights", "kv_cache", "activations", "total")
     }
     return fields | {
-        "capacity": load_hardware(hardware).memory_capacity,
+        "capacity": parts.capacity(hardware),
         "fits": parts.fits(hardware),
     }
 
 
 def _fits(report: Report) -> str:
-    need, capacity = _si(report.memory.total, "B"), report.device.memory_capacity
+    need, capacity = _si(report.memory.total, "B"), report.memory.capacity(report.device)
+    caution = f"\nCaution: {report.beyond_window}." if report.beyond_window else ""
     if capacity is None:
-        return f"It needs {need}; the capacity of {report.device.name} is not published."
+        return f"It needs {need}; the capacity of {report.device.name} is not published.{caution}"
     verb = "fits in" if report.fits else "DOES NOT FIT in"
-    return f"It needs {need}, which {verb} the {_si(capacity, 'B')} of {report.device.name}."
+    shown = _capacity(capacity)
+    return f"It needs {need}, which {verb} the {shown} of {report.device.name}.{caution}"
+
+
+def _setting(options: argparse.Namespace) -> str:
+    """What the numbers below are of, defaults included."""
+    sizes = f"{options.phase}, batch {options.batch}, context {options.context}"
+    return f"{options.model} on {options.hardware}, {sizes}; {_how(options)}"
+
+
+def _how(options: argparse.Namespace) -> str:
+    attention = f"{options.attention} attention, {options.accounting} accounting"
+    return f"{_precision(options)}; {attention}"
+
+
+def _capacity(capacity: float | None) -> str:
+    """A device's memory as it is sold, in binary units, and in the units of everything else."""
+    if capacity is None:
+        return "not published"
+    gib = capacity / 2**30
+    sold = f"{gib:.0f} GiB ({_si(capacity, 'B')})"
+    return sold if gib.is_integer() else _si(capacity, "B")
 
 
 _YES_NO = {True: "yes", False: "no", None: "unknown"}

@@ -1,9 +1,8 @@
 """From a config.json to a `Model`, through the tables of `families`.
 
 A config enters here and is checked here: what is missing, contradictory, out of range or
-beyond what a `Model` can say ends in a ValueError of one line. Attention windows and
-quantization_config are not read: the former are the analysis's business, the latter is
-`Precision`'s.
+beyond what a `Model` can say ends in a ValueError of one line. An attention window is read and
+not modelled yet; quantization_config is not read, since formats are `Precision`'s business.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def load_model(source: str | os.PathLike[str] | Config | Model, name: str | None
         raise ValueError(
             f"model is {shorten(source)}; allowed: a name, a path to a config.json, a dict"
         )
-    path = os.fspath(source)
+    path = os.path.expanduser(os.fspath(source))
     return _build(read_json_object(path), name or str(path))
 
 
@@ -130,6 +129,7 @@ def _build(config: Config, name: str | None) -> Model:
         embedding_norm=family.embedding_norm,
         positions=positions,
         embedding_dim=0 if embedding_dim == hidden else embedding_dim,
+        window=_window(config, family),
     )
 
 
@@ -193,6 +193,13 @@ def _flag(config: Config, family: Family, flag: Flag) -> bool:
     field = flag.removeprefix("!")
     value = _bool(config, field, bool(family.defaults.get(field, False)))
     return value is not flag.startswith("!")
+
+
+def _window(config: Config, family: Family) -> int:
+    """The attention window in tokens; 0 where there is none, or where it is switched off."""
+    on = _bool(config, "use_sliding_window", bool(family.defaults.get("use_sliding_window", True)))
+    window = _size(config, "sliding_window", family) if on else None
+    return window or 0
 
 
 def _kv_heads(config: Config, family: Family, heads: int) -> int:

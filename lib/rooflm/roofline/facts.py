@@ -19,12 +19,12 @@ def survey_table1() -> list[dict[str, str]]:
     `performance_printed` and `bound_printed`; their decimals, from a re-run of the survey's
     tool, under the same names without `_printed`.
     """
-    return list(_rows("table1.csv"))
+    return [dict(row) for row in _rows("table1.csv")]
 
 
 def survey_figure(figure: int | str) -> list[dict[str, str]]:
     """What the survey's figure of that number says: figure, case, quantity, value, unit, source."""
-    rows = [row for row in _rows("figures.csv") if row["figure"] == str(figure)]
+    rows = [dict(row) for row in _rows("figures.csv") if row["figure"] == str(figure)]
     if not rows:
         raise unknown("survey figure", figure, {row["figure"] for row in _rows("figures.csv")})
     return rows

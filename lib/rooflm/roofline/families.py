@@ -28,6 +28,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
     "max_position_embeddings": ("max_position_embeddings", "n_positions"),
     "word_embed_proj_dim": ("word_embed_proj_dim",),
+    "sliding_window": ("sliding_window",),
     "expansion_ratio": ("expansion_ratio",),
     "num_ln_in_parallel_attn": ("num_ln_in_parallel_attn",),
 }
@@ -140,9 +141,13 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(defaults={"num_key_value_heads": 8}),
     "ministral": Family(defaults={"num_key_value_heads": 8}),
     "ministral3": Family(defaults={"num_key_value_heads": 8, "head_dim": 128}),
-    "qwen2": Family(qkv_bias=True, defaults={"num_key_value_heads": 32}),
+    "qwen2": Family(
+        qkv_bias=True, defaults={"num_key_value_heads": 32, "use_sliding_window": False}
+    ),
     "qwen3": replace(
-        _ATTENTION_BIAS, qk_norm="head", defaults={"num_key_value_heads": 32, "head_dim": 128}
+        _ATTENTION_BIAS,
+        qk_norm="head",
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
     ),
     "gemma": replace(
         _ATTENTION_BIAS, tied=True, defaults={"num_key_value_heads": 16, "head_dim": 256}

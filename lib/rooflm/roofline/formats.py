@@ -103,7 +103,6 @@ _GROUPED = re.compile(r"(int[2348])-g([1-9][0-9]{0,5})(-sym)?")
 _FP16_SCALE_BITS = 16
 
 
-@lru_cache(maxsize=1024)
 def load_format(name: str) -> Format:
     """The format of that name.
 
@@ -122,6 +121,11 @@ def load_format(name: str) -> Format:
     """
     if not isinstance(name, str):
         raise ValueError(f"a number format is named by a string, not {shorten(name)}")
+    return _read_name(name)
+
+
+@lru_cache(maxsize=1024)
+def _read_name(name: str) -> Format:
     key = name.strip().lower()
     key = _ALIASES.get(key, key)
     if key in _BARE:
@@ -193,6 +197,24 @@ class Precision:
         )
 
 
+def precision_of(given: Precision | None) -> Precision:
+    """The precision that was asked for: FP16 throughout for None.
+
+    Raises
+    ------
+    ValueError
+        for anything but a Precision.
+    """
+    if given is None:
+        return _FP16
+    if not isinstance(given, Precision):
+        raise ValueError(
+            f"precision is {shorten(given)}; allowed: a Precision, "
+            'such as Precision(weights="int4-g128")'
+        )
+    return given
+
+
 def operand_rate(x: Format, y: Format) -> str:
     """The rate that a product of x and y would need: that of the wider operand.
 
@@ -211,3 +233,6 @@ def operand_rate(x: Format, y: Format) -> str:
 
 def _operand_width(x: Format) -> float:
     return 19 if x.name == "tf32" else x.element_bits
+
+
+_FP16 = Precision()

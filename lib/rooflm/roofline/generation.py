@@ -15,7 +15,7 @@ from typing import Any
 
 from rooflm.roofline.analysis import AT_THE_ROOFS, Calibration, Report, analyze
 from rooflm.roofline.config import load_model
-from rooflm.roofline.formats import Precision
+from rooflm.roofline.formats import Precision, precision_of
 from rooflm.roofline.hardware import Hardware, load_hardware
 from rooflm.roofline.memory import Memory, memory
 from rooflm.roofline.model import ForwardPass, Model
@@ -31,7 +31,8 @@ class Generation:
     seconds : the whole answer.
     tokens_per_second : batch x output tokens / seconds.
     memory : at the end of the answer, when the cache is fullest, beside the widest
-        activations of prefill and decode.
+        activations of prefill and decode. The prompts of the batch are prefilled at once; a
+        server that takes them in turn needs less.
     """
 
     ttft: Number
@@ -75,7 +76,7 @@ def generation(
     True
     """
     model, device = load_model(model), load_hardware(device)
-    p = precision if precision is not None else Precision()
+    p = precision_of(precision)
     output = size("output_tokens", output_tokens)
     prompt = size("prompt_tokens", prompt_tokens)
     steps = output - 1
@@ -109,6 +110,7 @@ def generation(
             at_end.weights,
             at_end.kv_cache,
             maximum(at_end.activations, prefill.memory.activations),
+            accounting,
         ),
         device=device,
     )
@@ -122,7 +124,7 @@ def _sum_of_larger(x: tuple[Number, Number], y: tuple[Number, Number], m: Number
     """
     start, end = x[0] - y[0], x[1] - y[1]
     slope = (end - start) / maximum(m - 1, 1)
-    k = minimum(maximum(ceil(-start / (slope + (slope == 0))), 0), m)
+    k = minimum(maximum(ceil(-start / (slope + choose(slope == 0, 1, 0))), 0), m)
 
     def series(count: Number) -> Number:
         return count * start + slope * count * (count - 1) / 2

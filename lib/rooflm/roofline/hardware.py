@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
+from typing import Any
 
 from rooflm.roofline.datafiles import data_path
 from rooflm.roofline.formats import STAND_INS, Format, load_format, operand_rate
@@ -59,9 +60,9 @@ class Hardware:
                 f"peaks of {self.name} is {shorten(self.peaks)}; allowed: {{format: FLOP/s}}"
             )
         for key in self.peaks:
-            for part in str(key).split("*"):
-                if part not in STAND_INS:
-                    raise unknown("peak format", key, STAND_INS)
+            parts = str(key).split("*")
+            if len(parts) > 2 or any(part not in STAND_INS for part in parts):
+                raise unknown("peak format", key, STAND_INS)
         checked = {
             key: positive(f"peak {key} of {self.name}", value, "FLOP/s")
             for key, value in self.peaks.items()
@@ -71,6 +72,10 @@ class Hardware:
             value = getattr(self, name)
             if value is not None:
                 put(self, name, positive(f"{name} of {self.name}", value, _UNITS[name]))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy cannot be pickled
+        others = (getattr(self, name) for name in _UNITS)
+        return Hardware, (self.name, self.bandwidth, dict(self.peaks), *others)
 
     def __hash__(self) -> int:
         return hash((self.name, self.bandwidth, tuple(self.peaks.items())))

@@ -14,7 +14,7 @@ from typing import Any
 
 from rooflm.roofline import survey
 from rooflm.roofline.config import load_model
-from rooflm.roofline.formats import Precision
+from rooflm.roofline.formats import Precision, precision_of
 from rooflm.roofline.hardware import Hardware, load_hardware
 from rooflm.roofline.model import ForwardPass, Model
 from rooflm.roofline.numeric import Number, is_array, maximum, size, unknown
@@ -22,11 +22,12 @@ from rooflm.roofline.numeric import Number, is_array, maximum, size, unknown
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a deployment occupies, by what they hold."""
+    """Bytes that a deployment occupies, by what they hold; `accounting` says who counted."""
 
     weights: Number
     kv_cache: Number
     activations: Number
+    accounting: str = "exact"
 
     @property
     def total(self) -> Number:
@@ -35,8 +36,13 @@ class Memory:
 
     def fits(self, device: Hardware | str) -> Any:
         """Whether the device's memory holds it; None where its capacity is not published."""
-        capacity = load_hardware(device).memory_capacity
+        capacity = self.capacity(device)
         return None if capacity is None else self.total <= capacity
+
+    def capacity(self, device: Hardware | str) -> float | None:
+        """The device's memory in bytes, by the same accounting; None where not published."""
+        found = load_hardware(device)
+        return survey.capacity(found) if self.accounting == "survey" else found.memory_capacity
 
 
 def memory(
@@ -75,7 +81,7 @@ def memory(
     if short is True or (is_array(short) and short.any()):
         raise ValueError(f"new_tokens is {new_tokens}; allowed: at most context ({context})")
     step = ForwardPass(batch, new, context - new)
-    p = precision if precision is not None else Precision()
+    p = precision_of(precision)
     return memory_of(load_model(model), p, step, attention, accounting)
 
 
@@ -86,7 +92,7 @@ def memory_of(
     if attention not in ("flash", "unfused"):
         raise unknown("attention", attention, ("flash", "unfused"))
     if accounting == "survey":
-        return Memory(*survey.memory_parts(model, p, step, attention))
+        return Memory(*survey.memory_parts(model, p, step, attention), accounting)
     if accounting != "exact":
         raise unknown("accounting", accounting, ("exact", "survey"))
     widest: Number = 0

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from rooflm.roofline import operators as op
 from rooflm.roofline.formats import Precision
-from rooflm.roofline.numeric import Number, is_array, size
+from rooflm.roofline.numeric import Number, is_array, maximum, size
 from rooflm.roofline.operators import Operator
 
 
@@ -47,8 +47,9 @@ class ForwardPass:
         put(self, "batch", size("batch", self.batch))
         put(self, "new_tokens", size("new_tokens", self.new_tokens))
         put(self, "cached_tokens", size("cached_tokens", self.cached_tokens, smallest=0))
-        array = is_array(self.logits)
-        put(self, "logits", size("logits", self.logits, smallest=1 if array else 0))
+        put(self, "logits", size("logits", self.logits, smallest=0))
+        if is_array(self.logits) and not self.logits.all():
+            raise ValueError("logits holds a 0; allowed: 0 for all passes, or at least 1 for each")
         if self.logits is not self.new_tokens:
             too_many = self.logits > self.new_tokens
             if too_many is True or (is_array(too_many) and too_many.any()):
@@ -276,6 +277,8 @@ class Model:
         and one on the embedding (BLOOM).
     positions : rows of the learned position table, offset included; 0 for rotary positions.
     embedding_dim : width of the embedding where it is not `hidden` (OPT-350m); 0 otherwise.
+    window : the attention window of some or all layers, in tokens, 0 for none. It is not
+        modelled yet: reports say so where the context exceeds it.
     """
 
     name: str
@@ -289,6 +292,7 @@ class Model:
     embedding_norm: bool = False
     positions: Number = 0
     embedding_dim: Number = 0
+    window: int = 0
 
     @property
     def parameters(self) -> Number:
@@ -325,6 +329,14 @@ class Model:
         k : bytes per element of the cache.
         """
         return sum(count * block.cache_bytes(batch, context, k) for count, block in self.blocks)
+
+    def repeated_rows(self, step: ForwardPass) -> Number:
+        """Elements of table rows that a pass gathers more than once, whatever its tokens are."""
+        width = self.embedding_dim or self.hidden
+        repeated = maximum(step.tokens - self.vocab, 0) * width
+        if self.positions:  # every sequence gathers the same positions
+            repeated = repeated + (step.tokens - step.new_tokens) * self.hidden
+        return repeated
 
     def operators(
         self, step: ForwardPass, p: Precision, attention: str = "flash"

@@ -57,7 +57,7 @@ def choose(condition: Any, yes: Any, no: Any) -> Any:
     """`yes` where the condition holds, else `no`; elementwise for an array of conditions."""
     if condition is True or condition is False:
         return yes if condition else no
-    if is_array(condition):
+    if is_array(condition) and condition.ndim:
         return sys.modules["numpy"].where(condition, yes, no)
     if _is_symbol(condition):
         sympy = sys.modules["sympy"]
@@ -96,9 +96,11 @@ def size(name: str, value: Any, smallest: int = 1) -> Number:
             return value
         raise _bad_size(name, value, smallest)
     if _is_symbol(value):
-        if not value.is_number:
+        if not getattr(value, "is_number", True):
             return value
-        value = int(value) if value.is_Integer else float(value) if value.is_real else None
+        if not getattr(value, "is_Integer", False):
+            raise _bad_size(name, value, smallest)
+        value = int(value)
     if is_array(value) or isinstance(value, (list, tuple, range)) or _is_series(value):
         return _array_of_sizes(name, value, smallest)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
@@ -110,23 +112,24 @@ def size(name: str, value: Any, smallest: int = 1) -> Number:
 
 def positive(name: str, value: Any, unit: str) -> float:
     """Check a positive finite number (a peak, a bandwidth) where it enters."""
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_array(value) and getattr(value, "ndim", 1) == 0:
-        ok, value = True, float(value)
-    if not ok or not 0 < value < math.inf:
+    number = value.item() if is_array(value) and value.ndim == 0 else value
+    plain = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if not plain or not 0 < number <= sys.float_info.max:
         raise ValueError(f"{name} is {shorten(value)}; allowed: a positive number of {unit}")
-    return float(value)
+    return float(number)
 
 
 def unknown(what: str, given: object, allowed: Iterable[str], hint: str = "") -> ValueError:
     """The error for a name that is not one of `allowed`, with the nearest right ones."""
-    names = sorted(allowed)
-    near = difflib.get_close_matches(str(given)[:80].lower(), [n.lower() for n in names], n=3)
-    by_lower = {n.lower(): n for n in names}
+    names = {name.lower(): name for name in sorted(allowed)}
+    key = str(given)[:80].lower()
+    # What contains the given word comes first: "h100" means one of the H100s.
+    near = [name for name in names if len(key) >= 3 and key in name][:6]
+    near = near or difflib.get_close_matches(key, names, n=3, cutoff=0.65)
     if near:
-        tail = "nearest: " + ", ".join(by_lower[n] for n in near)
+        tail = "nearest: " + ", ".join(names[name] for name in near)
     elif len(names) <= 24:
-        tail = "allowed: " + ", ".join(names)
+        tail = "allowed: " + ", ".join(names.values())
     else:
         tail = f"{len(names)} are known"
     return ValueError(f"unknown {what} {shorten(given)}; {tail}{hint}")
@@ -176,4 +179,4 @@ def _array_of_sizes(name: str, value: Any, smallest: int) -> Number:
     wrong = ~((array >= smallest) & (array <= LARGEST_SIZE) & (array == numpy.floor(array)))
     if wrong.any():
         raise _bad_size(name, array[wrong].flat[0].item(), smallest)
-    return array
+    return array if array.ndim else int(array)

@@ -62,15 +62,26 @@ def memory_parts(
     """Weights, KV cache and activations in bytes, as Figures 7, 11 and 19 count them."""
     prefill = _is_prefill(step)
     weights: Number = 0
-    cache: Number = 0
     outputs: Number = 0
     for count, block in model.blocks:
         layer = list(_layer(block.mixer, block.mlp, step, prefill, p, attention))
         weights = weights + count * sum(o.weight_bytes for o in layer)
-        kv_width = block.mixer.hidden * block.mixer.kv_heads / block.mixer.heads
-        cache = cache + count * 2 * step.batch * step.context * kv_width * p.kv_cache.bytes
         outputs = sum(o.activations_written for o in layer)
-    return weights, cache, outputs
+    return weights, cache_bytes(model, step, p), outputs
+
+
+def cache_bytes(model: Model, step: ForwardPass, p: Precision) -> Number:
+    """Bytes of the KV cache after the pass, of heads that are hidden / heads wide."""
+    elements: Number = 0
+    for count, block in model.blocks:
+        kv_width = block.mixer.hidden * block.mixer.kv_heads / block.mixer.heads
+        elements = elements + count * 2 * step.batch * step.context * kv_width
+    return elements * p.kv_cache.bytes
+
+
+def capacity(device: Hardware) -> float | None:
+    """Device memory in bytes as the survey counts it: an A6000's 48 GiB are 48e9."""
+    return None if device.memory_capacity is None else device.memory_capacity / 2**30 * 1e9
 
 
 def _is_prefill(step: ForwardPass) -> bool:
