@@ -39,6 +39,9 @@ SKIPPED = {"_build", "__pycache__", ".ipynb_checkpoints"}
 # A cell with one of these tags is left out of the comparison of outputs.
 EXCUSES = {"timing", "widget", "float"}
 IGNORE = "nbval-ignore-output"
+# JupyterLab folds a solution by this, as the page does by its tag.
+SOLUTION = "hide-cell"
+FOLDED = {"source_hidden": True, "outputs_hidden": True}
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -228,8 +231,12 @@ def normalise(notebook: NotebookNode) -> NotebookNode:
             count += 1
             normalise_outputs(cell, count)
             tags = tags | {IGNORE} if tags & EXCUSES else tags - {IGNORE}
-        settings = {"mystnb": cell.metadata["mystnb"]} if "mystnb" in cell.metadata else {}
-        cell.metadata = nbformat.from_dict({**settings, **({"tags": sorted(tags)} if tags else {})})
+        kept = {"mystnb": cell.metadata["mystnb"]} if "mystnb" in cell.metadata else {}
+        if cell.cell_type == "code" and SOLUTION in tags:
+            kept["jupyter"] = dict(FOLDED)
+        if tags:
+            kept["tags"] = sorted(tags)
+        cell.metadata = nbformat.from_dict(kept)
     return notebook
 
 

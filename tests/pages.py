@@ -29,11 +29,16 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 FLAGS += ["--disable-background-networking", "--no-first-run", "--hide-scrollbars"]
 
-# Wait until MathJax, where the page has it, has set the formulas.
+# End what moves, and wait until MathJax, where the page has it, has set the formulas.
 SETTLED = """
 const done = arguments[0];
+const still = document.createElement("style");
+still.textContent =
+  "*, ::before, ::after { transition: none !important; animation: none !important; }";
+document.head.append(still);
 const math = window.MathJax && window.MathJax.startup && window.MathJax.startup.promise;
-Promise.resolve(math).then(() => document.fonts.ready).then(() => setTimeout(done, 100));
+Promise.resolve(math).then(() => document.fonts.ready).then(() => setTimeout(
+  () => requestAnimationFrame(() => requestAnimationFrame(done)), 100));
 """
 WIDEST = """
 const limit = window.innerWidth;
@@ -98,8 +103,9 @@ def show(driver: Any, size: tuple[int, int], theme: str) -> None:
     width, height = size
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    feature = {"name": "prefers-color-scheme", "value": theme}
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    wanted = {"prefers-color-scheme": theme, "prefers-reduced-motion": "reduce"}
+    features = [{"name": name, "value": value} for name, value in wanted.items()]
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
 def foreign_requests(driver: Any, origin: str) -> list[str]:
@@ -145,6 +151,7 @@ def save_picture(driver: Any, path: Path) -> None:
     """Save the whole page, not only the part on the screen."""
     import base64
 
+    driver.execute_script("window.scrollTo(0, 0)")
     options = {"captureBeyondViewport": True}
     height = driver.execute_script("return document.documentElement.scrollHeight")
     width = driver.execute_script("return window.innerWidth")

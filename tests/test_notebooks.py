@@ -26,6 +26,7 @@ NOTEBOOKS = sorted(
 )
 EXCUSES = {"timing", "widget", "float"}
 IGNORE = "nbval-ignore-output"
+FOLDED = {"source_hidden": True, "outputs_hidden": True}
 RULES = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -105,6 +106,18 @@ def test_every_float_cell_checks_its_numbers(path):
         cells,
         lambda cell: "float" in tags(cell) and not re.search(r"\bcheck\(", cell.source),
         "a cell tagged float calls check(...)",
+    )
+
+
+@RULES
+def test_every_solution_is_folded_in_jupyterlab_too(path):
+    _, cells = read(path)
+    assert not faults(
+        cells,
+        lambda cell: (
+            cell.metadata.get("jupyter") != (FOLDED if "hide-cell" in tags(cell) else None)
+        ),
+        "a cell tagged hide-cell, and no other, is folded (make execute does it)",
     )
 
 

@@ -202,6 +202,23 @@ def test_a_table_has_caption_and_scoped_headings_and_scrolls_with_the_keyboard()
     assert " id=" not in page  # ids would differ from run to run, or meet
 
 
+def test_a_table_without_a_caption_is_no_landmark():
+    page = show.table([(1, 2.5)], columns=["a", "b"]).html  # another may have the same columns
+    assert 'tabindex="0" role="group" aria-label="Table: a, b"' in page
+
+
+def test_percentages_stand_to_the_right():
+    rows = [("a", "0.08%", "8 %"), ("b", "100.00%", "of 9 %"), ("c", None, "1%")]
+    assert show.table(rows, ["case", "share", "words"]).right == (False, True, False)
+
+
+def test_a_table_of_checks_has_a_class_of_its_own(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys.modules["rooflm.show.checks"], "_display", shown.append)
+    show.checks([("a", 1, "1", "x")])
+    assert '<table class="rooflm-table checks">' in shown[0].html
+
+
 def test_a_table_takes_dicts_tuples_named_rows_and_frames(decode):
     pandas = pytest.importorskip("pandas")
     rows = [{"a": 1, "b": 2.34567}, {"a": None, "b": "x"}]
@@ -352,6 +369,19 @@ def test_operators_without_arithmetic_have_no_place_on_a_roofline(decode):
     named = {name for point in points for name in point.names}
     assert named == {row.name for row in decode.operators} - {"embedding"}
     assert sum(point.share for point in points) == pytest.approx(1, abs=1e-4)
+
+
+def test_small_operators_may_be_left_out_and_the_shares_stay_those_of_the_pass():
+    prefill = rooflm.analyze(MODEL, DEVICE, rooflm.ForwardPass.prefill(1, 2048))
+    seconds = sum(r.count * r.seconds for r in prefill.operators if r.name == "down_proj")
+    whole, heavy = show.roofline(DEVICE, prefill), show.roofline(DEVICE, prefill, least=0.05)
+    share = f"gate/up/down_proj at 1,215 FLOP/B, {300 * seconds / prefill.seconds:.0f} % of"
+    assert share in whole.alt and share in heavy.alt
+    assert "fused_attention at" in whole.alt and "fused_attention at" not in heavy.alt
+    assert "not drawn, under 5 % of the time: fused_attention, mlp_act" in heavy.alt
+    assert whole.png != heavy.png
+    with pytest.raises(ValueError, match="least is 5"):
+        show.roofline(DEVICE, prefill, least=5)
 
 
 def test_bars_and_lines_name_a_series_of_the_wrong_length():

@@ -108,7 +108,7 @@ def checks(rows: Iterable[Any], caption: str | None = None) -> None:
         for v in verdicts
     )
     headings = ("quantity", "ours", "expected", "source", "verdict")
-    _display(Table(headings, cells, (False, True, True, False, False), caption))
+    _display(Table(headings, cells, (False, True, True, False, False), caption, "checks"))
     failed = [str(verdict) for verdict in verdicts if not verdict.agrees]
     if failed:
         raise AssertionError("; ".join(failed))

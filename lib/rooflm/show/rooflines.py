@@ -29,6 +29,7 @@ def roofline(
     formats: Sequence[str] = ("fp16",),
     title: str | None = None,
     alt: str | None = None,
+    least: float = 0.0,
 ) -> Figure:
     """The roofs of a device, its ridge points, and the operators of forward passes under them.
 
@@ -40,17 +41,26 @@ def roofline(
         without arithmetic (an embedding) have no place here.
     formats : number formats whose compute roofs are drawn; those that a report uses are added.
     title, alt : a heading, and words in place of those made from the numbers.
+    least : share of the time of its pass from which a point is drawn; those below it are only
+        named in the alternative text. The shares stay those of the whole pass.
 
     Raises
     ------
     ValueError
-        for a device without the format or a wider one, or a report of a sweep.
+        for a device without the format or a wider one, a report of a sweep, or a least share
+        that is not from 0 to 1.
     """
+    if not 0 <= least <= 1:
+        raise ValueError(f"least is {least!r}; allowed: a share from 0 to 1")
     device = load_hardware(device)
     by_label = _by_label(reports)
     peaks = _peaks(device, formats, by_label)
     points = {label: group(report.operators) for label, report in by_label.items()}
-    every = [point for of_report in points.values() for point in of_report]
+    drawn = {
+        label: [point for point in of_report if point.share >= least]
+        for label, of_report in points.items()
+    }
+    every = [point for of_report in drawn.values() for point in of_report]
     ridges = [peak / device.bandwidth for peak in peaks.values()]
     low, high = _span(ridges, every)
     heading = canvas.fold(title, 56) if title else _title(device, by_label)
@@ -60,7 +70,7 @@ def roofline(
             _draw_roof(ax, device, peak, canvas.LINE_STYLES[i % 6], low, high)
             for i, peak in enumerate(peaks.values())
         ]
-        for i, (label, of_report) in enumerate(points.items()):
+        for i, (label, of_report) in enumerate(drawn.items()):
             _draw_points(ax, label + fit_words(by_label[label]), of_report, i)
         if len(by_label) > 1:
             canvas.legend(ax)
@@ -71,7 +81,7 @@ def roofline(
         canvas.settle(ax)
         _name_bandwidth(ax, device, (low, min(ridges)), every)
         labels.place(ax, _labels(device, peaks, every), lines)
-        return canvas.finish(ax, alt or _alt(device, peaks, by_label, points))
+        return canvas.finish(ax, alt or _alt(device, peaks, by_label, points, least))
 
 
 def roofs(
@@ -246,6 +256,7 @@ def _alt(
     peaks: Mapping[str, float],
     reports: Mapping[str, Report],
     points: Mapping[str, list[Point]],
+    least: float,
 ) -> str:
     parts = [si(device.bandwidth, "B/s")]
     for name, peak in peaks.items():
@@ -255,10 +266,13 @@ def _alt(
     for label, of_report in points.items():
         words = report_words(reports[label])
         words = words if label in words else f"{label} ({words})"
-        large = [point for point in of_report if point.share >= 0.005]
+        limit = max(least, 0.005)
+        large = [point for point in of_report if point.share >= limit]
         text += f". {words}: " + "; ".join(_place_words(point) for point in large)
-        small = [name for point in of_report if point.share < 0.005 for name in point.names]
-        text += f"; under 0.5 % of the time: {short_names(small)}" if small else ""
+        small = [name for point in of_report if point.share < limit for name in point.names]
+        left_out = "not drawn, " if least == limit else ""
+        less = f"{left_out}under {number(100 * limit)} % of the time"
+        text += f"; {less}: {short_names(small)}" if small else ""
     return text + "."
 
 

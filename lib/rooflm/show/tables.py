@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ OPERATOR_COLUMNS = {
     "bound": ("bound", None),
     "rate": ("roof", None),
 }
+_PERCENT = re.compile(r"[+−-]?\d[\d,]*(\.\d+)? ?%")
 _USUAL = ("name", "count", "flops", "bytes", "intensity", "attainable", "total_seconds", "bound")
 
 
@@ -40,12 +42,14 @@ class Table:
     rows : cells as text, each with the number of columns.
     right : for each column, whether it stands to the right.
     caption : one line over the table, or None.
+    kind : a class for the style sheet, such as "checks", or nothing.
     """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     right: tuple[bool, ...]
     caption: str | None = None
+    kind: str = ""
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return {"text/html": self.html, "text/plain": str(self)}
@@ -57,6 +61,9 @@ class Table:
     def html(self) -> str:
         """The table in a box that scrolls by itself, with the keyboard too."""
         label = html.escape(self.caption or "Table: " + ", ".join(self.columns), quote=True)
+        # A region is a landmark, whose name must be its own; only a caption is that.
+        role = "region" if self.caption else "group"
+        kind = f" {self.kind}" if self.kind else ""
         # The span can stay in view while the table below it scrolls.
         words = html.escape(self.caption or "")
         caption = f"<caption><span>{words}</span></caption>" if words else ""
@@ -66,8 +73,8 @@ class Table:
         )
         body = "\n".join(f"<tr>{self._cells(row)}</tr>" for row in self.rows)
         return (
-            f'<div class="table-scroll" tabindex="0" role="region" aria-label="{label}" '
-            f'style="overflow-x: auto">\n<table class="rooflm-table">{caption}\n'
+            f'<div class="table-scroll" tabindex="0" role="{role}" aria-label="{label}" '
+            f'style="overflow-x: auto">\n<table class="rooflm-table{kind}">{caption}\n'
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>"
         )
 
@@ -188,10 +195,13 @@ def _text(cell: Any, digits: int) -> str:
 
 
 def _is_numeric(cells: list[Any]) -> bool:
-    """Whether a column stands to the right: it has numbers, and nothing but numbers and gaps."""
+    """Whether a column stands to the right: numbers or percentages, and nothing else but gaps."""
     known = [cell for cell in cells if cell is not None]
     return bool(known) and all(
-        isinstance(cell, (int, float)) and not isinstance(cell, bool) for cell in known
+        _PERCENT.fullmatch(cell)
+        if isinstance(cell, str)
+        else isinstance(cell, (int, float)) and not isinstance(cell, bool)
+        for cell in known
     )
 
 
