@@ -4,7 +4,9 @@ import base64
 import html
 import io
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -493,3 +495,16 @@ def test_an_unknown_setting_names_the_nearest():
     with pytest.raises(ValueError, match="nearest: nvidia-a6000"):
         show.explorer(device="nvidia-a600")
     assert show.explorer(batch=3).start["batch"] == 3
+
+
+def test_without_its_packages_show_says_which_extra_has_them():
+    lib = Path(show.__file__).parents[2]
+    line = "import rooflm; rooflm.analyze; import rooflm.show"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", line],
+        env={"PYTHONPATH": str(lib)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert 'install "rooflm[show]"' in done.stderr.splitlines()[-1]

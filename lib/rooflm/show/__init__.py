@@ -4,12 +4,17 @@ Every function returns an object that displays itself when it ends a cell; figur
 alternative text, which is also what a terminal shows.
 """
 
-from rooflm.show.checks import check, checks
-from rooflm.show.explorer import explorer
-from rooflm.show.figures import bars, figure, lines, memory_bars, operator_bars, roofline, roofs
-from rooflm.show.tables import operators, table
-from rooflm.show.text import equation, say, takeaway
-from rooflm.show.words import si
+try:
+    from rooflm.show.checks import check, checks
+    from rooflm.show.explorer import explorer
+    from rooflm.show.figures import bars, figure, lines, memory_bars, operator_bars, roofline, roofs
+    from rooflm.show.tables import operators, table
+    from rooflm.show.text import equation, say, takeaway
+    from rooflm.show.words import si
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        f'rooflm.show needs {missing.name}; install "rooflm[show]"', name=missing.name
+    ) from None
 
 __all__ = [
     "bars",
