@@ -14,10 +14,10 @@ import argparse
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 
 import numpy as np
+from llm_viewer import analyzer
 
 import rooflm
 from rooflm import ForwardPass, Precision, analyze
@@ -38,23 +38,7 @@ def one_at_a_time(attention: str) -> Callable[[int], None]:
 
 
 def llm_viewer(checkout: str, attention: str) -> Callable[[int], None]:
-    """LLM-Viewer's `analyze`, given our config instead of a download."""
-    config = types.SimpleNamespace(
-        hidden_size=4096,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        num_hidden_layers=32,
-        intermediate_size=11008,
-        vocab_size=32000,
-    )
-    auto = types.SimpleNamespace(from_pretrained=lambda *_, **__: config)
-    stub = types.ModuleType("transformers")
-    stub.AutoConfig = stub.AutoTokenizer = stub.AutoModelForCausalLM = auto
-    sys.modules.setdefault("transformers", stub)
-    sys.path.insert(0, checkout)
-    from model_analyzer import ModelAnalyzer
-
-    their = ModelAnalyzer(MODEL, "nvidia_A6000", "configs/Llama.py", source="huggingface")
+    their = analyzer(checkout, MODEL)
 
     def pair(i: int) -> None:
         their.analyze(1 + i, 1 + i % 64, use_flashattention=attention == "flash")
