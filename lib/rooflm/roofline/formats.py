@@ -3,7 +3,8 @@
 One home for every format of the book. `bits` is what is stored per element on average: a
 grouped format carries its scales (and its zero points), a bare `int8` or `int4` is exactly 8
 or 4 bits: one FP16 scale a channel is neglected, which is 0.4 % of 4-bit rows of 1000 elements
-and less of longer or wider ones.
+and less of longer or wider ones. So are one FP32 scale a row of FP8 or a tensor of NVFP4, one
+FP16 scale a tensor of ternary weights, and the FP32 mean of NF4's double quantization.
 
 Sources: OCP Microscaling Formats v1.0 (MXFP4: 32 elements, one 8-bit scale); NVFP4,
 arXiv 2509.25149 (16 elements, one E4M3 scale); NF4 and double quantization, QLoRA,
