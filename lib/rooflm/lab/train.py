@@ -317,7 +317,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
         epilog="An interrupted run goes on where it was when the same command is given again.",
     )
     parser.add_argument("model", choices=sorted(CONFIGS), help="which model")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=800, help="optimizer steps (%(default)s)")
     parser.add_argument("--tokens-per-step", type=int, default=6144, help="(%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=6e-3, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
