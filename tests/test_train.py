@@ -277,7 +277,7 @@ def test_the_models_have_the_parameters_that_are_stated():
     ("arguments", "message"),
     [
         ([], "the following arguments are required: model"),
-        (["techer"], "invalid choice: 'techer'"),
+        (["pupil"], "invalid choice: 'pupil'"),
         (["teacher", "--steps", "0"], "--steps is 0; allowed: 1 or more"),
         (["teacher", "--steps", "many"], "invalid int value: 'many'"),
         (["teacher", "--every", "-1"], "--every is -1"),
