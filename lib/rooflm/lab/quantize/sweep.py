@@ -1,0 +1,289 @@
+"""The map: every method at every width, measured on one model and one text.
+
+    python -m rooflm.lab.quantize.sweep
+
+measures about a hundred variants of the teacher on *Persuasion* and writes a row for each into
+`data/measurements/quantization_map.csv`. A row that is there is not measured again, so that an
+interrupted run goes on when the same command is given. A file whose rows are of another
+checkpoint, text or length is refused.
+
+Conventions: calibration is that of `bench`, done once. All variants are measured on the same
+blocks as the full model, so that their differences have paired intervals. `seconds` is what the
+method took, calibration apart, on whatever machine.
+
+Chapter: quantization methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rooflm.lab.evaluate import compare
+from rooflm.lab.quantize.bench import TOKENS, WINDOW, Bench, checkpoint_digest, make_bench
+from rooflm.lab.quantize.methods import METHODS, Recipe
+from rooflm.lab.stored import write_whole
+from rooflm.roofline.datafiles import data_path
+
+MAP = ("measurements", "quantization_map.csv")
+FULL = "full"  # the method of the row without quantization
+# Their bits are not chosen.
+_OWN_BITS = ("format", "binary", "ternary", "pb-llm", "billm", "llm-int8")
+_TEXTS = ("model", "checkpoint", "method", "options", "date", "torch")
+_WHOLE = ("bits", "group", "tokens")
+_NUMBERS = (
+    "bits_per_weight", "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high",
+    "difference", "difference_low", "difference_high", "perplexity", "agreement", "divergence",
+    "seconds",
+)  # fmt: skip
+COLUMNS = (*_TEXTS[:3], *_WHOLE[:2], "options", *_NUMBERS, "tokens", "date", "torch")
+
+
+def variants() -> list[Recipe]:
+    """What the map holds, beside the full model."""
+    low = (4, 3, 2)
+    rounded = [Recipe("round", bits, group) for group in (0, 64) for bits in (8, 6, 5, *low)]
+    rounded += [Recipe("round", bits, group, clip="mse") for group in (0, 64) for bits in low]
+    rounded += [Recipe("round", bits, symmetric=True) for bits in (8, *low)]
+    formats = [Recipe("format", number_format=x) for x in ("fp8", "nf4", "mxfp4", "nvfp4")]
+    rows_and_groups = [(bits, group) for group in (0, 64) for bits in low]
+    gptq = [Recipe("gptq", *x, act_order=order) for order in (False, True) for x in rows_and_groups]
+    gptq += [Recipe("gptq", *x, clip="mse") for x in rows_and_groups]
+    awq = [Recipe("awq", *x) for x in rows_and_groups]
+    awq += [Recipe("awq", bits, 64, clip="output") for bits in low]
+    kept = [Recipe(name, bits, group) for name, group in (("owq", 0), ("spqr", 16)) for bits in low]
+    books = [Recipe("squeezellm", bits) for bits in low]
+    turned = [Recipe(name, *x, rotate=True) for name in ("round", "gptq") for x in rows_and_groups]
+    tiny = [Recipe(name, group=group) for name in ("binary", "ternary") for group in (0, 64)]
+    tiny += [Recipe("pb-llm", group=128, keep=0.1), Recipe("billm", group=128)]
+    eight = Recipe("round", 8, symmetric=True, activations=8)
+    both = [replace(eight, per=x) for x in ("token", "tensor", "static")]
+    both += [Recipe("llm-int8"), replace(eight, rotate=True)]
+    both += [replace(eight, smooth=0.5, per=x) for x in ("token", "static")]
+    four = [Recipe(x, 4, 64, activations=a) for x in ("round", "gptq") for a in (8, 4)]
+    both += four + [replace(x, rotate=True) for x in four]
+    return [*rounded, *formats, *gptq, *awq, *kept, *books, *turned, *tiny, *both]
+
+
+def load_map(path: Path | None = None, name: str | Path = "teacher") -> list[dict[str, Any]]:
+    """The rows of the map, numbers as numbers.
+
+    Parameters
+    ----------
+    path : None for the map in `data/measurements`.
+    name : the checkpoint that the rows must be of.
+
+    Raises
+    ------
+    ValueError
+        in one line: the file is missing, altered, or of another checkpoint.
+    """
+    path = path or data_path(*MAP)
+    rows = _read(path)
+    if not rows:
+        raise ValueError(f"{path.name} holds no rows; make it: python -m rooflm.lab.quantize.sweep")
+    _check_rows(path, rows, checkpoint_digest(name))
+    return rows
+
+
+def find_row(rows: Iterable[Mapping[str, Any]], recipe: Recipe | None) -> Mapping[str, Any]:
+    """The row of a recipe; None for the full model."""
+    wanted = _key(_names(recipe))
+    for row in rows:
+        if _key(row) == wanted:
+            return row
+    raise ValueError(f"the map has no row of {' '.join(map(str, wanted))}")
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """A row in words, such as "gptq 3 bits g64 act_order"."""
+    bits = f"{row['bits']} bits" if row["bits"] is not None else ""
+    group = f"g{row['group']}" if row["group"] else ""
+    return " ".join(filter(None, (row["method"], bits, group, row["options"])))
+
+
+def sweep(
+    bench: Bench,
+    recipes: Iterable[Recipe],
+    path: Path,
+    name: str,
+    digest: str,
+    fresh: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Measure what the file does not hold yet; after each variant the file is whole.
+
+    Parameters
+    ----------
+    path : of the map; its rows are kept.
+    name, digest : of the checkpoint.
+    fresh : drop the rows that the file holds, once the first new one is there.
+    say : receives a line of progress.
+    """
+    rows = _read(path) if path.exists() and not fresh else []
+    tokens = int(bench.full.blocks.tokens.sum())
+    _check_rows(path, rows, digest, tokens)
+    done = {_key(row) for row in rows}
+    missing = [r for r in (None, *recipes) if _key(_names(r)) not in done]
+    begin = time.monotonic()
+    for i, recipe in enumerate(missing):
+        row = {"model": name, "checkpoint": digest, **_names(recipe), **_measured(bench, recipe)}
+        row |= {"tokens": tokens, "date": date.today().isoformat(), "torch": torch.__version__}
+        rows.append(row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, _csv(rows).encode("utf-8"))
+        left = (time.monotonic() - begin) / (i + 1) * (len(missing) - i - 1)
+        say(
+            f"{i + 1}/{len(missing)}  {label(row)}: {row['bits_per_weight']:.3g} bits, "
+            f"{row['difference']:+.4f} bits per byte; {left / 60:.0f} min left"
+        )
+
+
+def _measured(bench: Bench, recipe: Recipe | None) -> dict[str, float]:
+    begin = time.monotonic()
+    if recipe is None:
+        bits, found, seconds = 32.0, bench.full, 0.0
+    else:
+        bench.base(recipe)  # calibration is not a part of the method's time
+        begin = time.monotonic()
+        quantized = bench.quantize(recipe)
+        seconds = time.monotonic() - begin
+        bits, found = quantized.bits_per_weight, bench.measure(quantized.model)
+    own, change = found.bits_per_byte, compare(found, bench.full).difference
+    assert found.agreement is not None and found.divergence is not None
+    values = (
+        bits, own.value, own.low, own.high, change.value, change.low, change.high,
+        found.perplexity.value, found.agreement.value, found.divergence.value, seconds,
+    )  # fmt: skip
+    return dict(zip(_NUMBERS, values, strict=True))
+
+
+def _names(recipe: Recipe | None) -> dict[str, Any]:
+    """Method, bits, group and options of a recipe."""
+    if recipe is None:
+        return {"method": FULL, "bits": None, "group": 0, "options": ""}
+    options = []
+    for field in fields(recipe):
+        value = getattr(recipe, field.name)
+        shown = field.name == "number_format" and recipe.method == "format"
+        if field.name in ("method", "bits", "group") or (value == field.default and not shown):
+            continue
+        options.append(field.name if value is True else f"{field.name}={value}")
+    bits = None if recipe.method in _OWN_BITS else recipe.bits
+    return {
+        "method": recipe.method,
+        "bits": bits,
+        "group": recipe.group,
+        "options": " ".join(options),
+    }
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("method", "bits", "group", "options"))
+
+
+def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        cells = ("" if row[name] is None else row[name] for name in COLUMNS)
+        writer.writerow([f"{x:.6g}" if isinstance(x, float) else x for x in cells])
+    return out.getvalue()
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        content = path.read_text(encoding="utf-8")
+        reader = csv.DictReader(io.StringIO(content), strict=True)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+        return [_typed(row) for row in reader]
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {path.name}: {error.strerror}; make it: "
+            "python -m rooflm.lab.quantize.sweep"
+        ) from None
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path.name} is altered: {error}; restore or delete it") from None
+
+
+def _typed(row: Mapping[str, str]) -> dict[str, Any]:
+    typed: dict[str, Any] = {name: row[name] for name in _TEXTS}
+    typed |= {name: int(row[name]) if row[name] else None for name in _WHOLE}
+    typed |= {name: float(row[name]) for name in _NUMBERS}
+    return {name: typed[name] for name in COLUMNS}
+
+
+def _check_rows(
+    path: Path, rows: Iterable[Mapping[str, Any]], digest: str, tokens: int | None = None
+) -> None:
+    for row in rows:
+        if row["checkpoint"] != digest:
+            raise ValueError(
+                f"{path.name} holds rows of checkpoint {row['checkpoint']}, not {digest}; "
+                "give --fresh to measure all anew"
+            )
+        if tokens not in (None, row["tokens"]):
+            raise ValueError(
+                f"{path.name} holds rows measured on {row['tokens']} tokens, not {tokens}; "
+                "give --fresh to measure all anew"
+            )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rooflm.lab.quantize.sweep",
+        description="Measure every quantization method on a model and write the map.",
+        epilog="An interrupted run goes on when the same command is given.",
+    )
+    add = parser.add_argument
+    add("--model", default="teacher", help="teacher, student or a checkpoint's folder")
+    add("--tokens", type=int, default=TOKENS, help="of Persuasion to measure on (%(default)s)")
+    add("--method", choices=METHODS, metavar="METHOD", help="only variants of this method")
+    add("--fresh", action="store_true", help="drop the rows that the file holds")
+    add("--out", type=Path, help="the map (data/measurements/quantization_map.csv)")
+    return parser
+
+
+def main(given: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = _parser()
+    a = parser.parse_args(given)
+    if a.tokens < 2 * WINDOW:
+        parser.error(f"--tokens is {a.tokens}; allowed: {2 * WINDOW} or more")
+    path = a.out or data_path(*MAP)
+    try:
+        digest = checkpoint_digest(a.model)
+        if path.exists() and not a.fresh:  # before the minute of calibration
+            _check_rows(path, _read(path), digest, a.tokens // WINDOW * WINDOW)
+        recipes = [r for r in variants() if a.method in (None, r.method)]
+        bench = make_bench(a.model, a.tokens)
+        print("calibrated; measuring", flush=True)
+        sweep(bench, recipes, path, Path(a.model).name, digest, a.fresh, _say)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on after the last row", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"rooflm.lab.quantize.sweep: error: {error}", file=sys.stderr)
+        return 2
+    print(f"the map is in {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
