@@ -170,10 +170,11 @@ def test_a_score_depends_on_the_distance_alone(m, n, shift, seed):
 
 
 def test_far_positions_keep_their_precision():
-    # In FP32 the angle of position 10^6 would be off by 0.03 rad.
+    # With frequencies in FP32 the angles of position 10^6 would be off by 0.03 rad.
     cos, sin = rope_table(torch.tensor([1_000_003]), 64, 10_000.0)
-    assert cos[0, 0].item() == pytest.approx(math.cos(1_000_003), abs=1e-6)
-    assert sin[0, 0].item() == pytest.approx(math.sin(1_000_003), abs=1e-6)
+    angles = [1_000_003 * 10_000 ** (-2 * i / 64) for i in range(32)]
+    assert cos[0].tolist() == pytest.approx([math.cos(angle) for angle in angles], abs=1e-6)
+    assert sin[0].tolist() == pytest.approx([math.sin(angle) for angle in angles], abs=1e-6)
 
 
 # ---- the cache
