@@ -15,7 +15,8 @@ import rooflm
 from rooflm import show
 from rooflm.roofline.numeric import LARGEST_SIZE
 from rooflm.show.checks import compare
-from rooflm.show.explorer import EXPLORER_CONTROLS, WIDGET, explore
+from rooflm.show.explorer import WIDGET
+from rooflm.show.pass_explorer import EXPLORER_CONTROLS, explore
 
 MODEL, DEVICE = "meta-llama/Llama-2-7b-hf", "nvidia-a6000"
 
@@ -464,7 +465,7 @@ def test_a_setting_that_cannot_be_computed_is_one_line(explorer, monkeypatch):
     def refuse(*_, **__):
         raise ValueError("no published rate for <fp4>")
 
-    monkeypatch.setattr(sys.modules["rooflm.show.explorer"], "analyze", refuse)
+    monkeypatch.setattr(sys.modules["rooflm.show.pass_explorer"], "analyze", refuse)
     made["batch"].value = 8
     assert shown.value == '<p role="alert">no published rate for &lt;fp4&gt;</p>'
     monkeypatch.undo()

@@ -14,10 +14,11 @@ from rooflm.lab.quantize import bench as benches
 from rooflm.lab.quantize import sweep
 from rooflm.lab.quantize.apply import quantize_model
 from rooflm.lab.quantize.bench import WINDOW, checkpoint_digest, make_bench
-from rooflm.lab.quantize.calibrate import calibration_rows
+from rooflm.lab.quantize.calibrate import calibration_rows, layer_inputs
 from rooflm.lab.quantize.grids import round_to_nearest
 from rooflm.lab.quantize.methods import METHODS, Recipe
 from rooflm.lab.quantize.rotation import rotate_model
+from rooflm.roofline.datafiles import data_path
 
 FEW = [Recipe("round", 2), Recipe("gptq", 3, 16), Recipe("round", 4, activations=8, per="static")]
 
@@ -53,7 +54,7 @@ def bench(folder):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(sweep, "variants", lambda: FEW)
+    monkeypatch.setattr(sweep, "variants", lambda name: FEW)
 
 
 def arguments(folder, out, *more):
@@ -79,7 +80,7 @@ def losses_by_hand(model, tokens):
 def test_a_row_holds_bits_and_a_paired_difference(folder, few, tmp_path):
     out = tmp_path / "map.csv"
     assert sweep.main(arguments(folder, out)) == 0
-    rows = sweep.load_map(out, folder)
+    rows = sweep.load_map(folder, out)
     assert len(rows) == 1 + len(FEW)
     full, found = sweep.find_row(rows, None), sweep.find_row(rows, FEW[0])
 
@@ -192,7 +193,7 @@ def test_rows_of_another_checkpoint_or_length_are_refused_unless_fresh(
     said = capsys.readouterr().err
     assert "holds rows of checkpoint 0123456789ab" in said and said.count("\n") == 1
     with pytest.raises(ValueError, match="0123456789ab"):
-        sweep.load_map(out, folder)
+        sweep.load_map(folder, out)
     assert out.read_text() == other
     assert sweep.main(arguments(folder, out, "--method", "round", "--fresh")) == 0
     assert {row["method"] for row in without_time(out)} == {"full", "round"}
@@ -238,4 +239,71 @@ def test_the_command_refuses(tmp_path, capsys, more, words):
 
 def test_a_missing_map_names_the_command(tmp_path, folder):
     with pytest.raises(ValueError, match=r"python -m rooflm\.lab\.quantize\.sweep"):
-        sweep.load_map(tmp_path / "map.csv", folder)
+        sweep.load_map(folder, tmp_path / "map.csv")
+
+
+def test_rows_of_two_models_stand_beside_each_other(folder, few, tmp_path, capsys):
+    out, other = tmp_path / "map.csv", tmp_path / "other"
+    other.mkdir()
+    for path in folder.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    assert sweep.main(arguments(folder, out, "--method", "round")) == 0
+    before = without_time(out)
+    assert sweep.main(arguments(other, out, "--method", "gptq")) == 0
+    rows = without_time(out)
+    assert rows[: len(before)] == before and {row["model"] for row in rows} == {"tiny", "other"}
+    assert [row["method"] for row in sweep.load_map(other, out)] == ["full", "gptq"]
+    assert sweep.main(arguments(other, out, "--method", "round", "--fresh")) == 0
+    assert without_time(out)[: len(before)] == before
+    with pytest.raises(ValueError, match="no rows of student"):
+        sweep.load_map("student", out)
+
+
+def test_a_row_compares_as_it_was_measured(folder, few, tmp_path, bench):
+    out = tmp_path / "map.csv"
+    assert sweep.main(arguments(folder, out, "--method", "round")) == 0
+    row = sweep.find_row(sweep.load_map(folder, out), FEW[0])
+    found, expected = sweep.comparison(row), bench.loss(bench.quantize(FEW[0]).model)
+    assert found.verdict == expected.verdict and found.measure == expected.measure
+    assert found.difference.value == pytest.approx(expected.difference.value, rel=1e-3)
+    flat = {"difference": 0.1, "difference_low": -0.1, "difference_high": 0.3}
+    assert sweep.comparison(flat).verdict == "within noise"
+    less = {"difference": -0.2, "difference_low": -0.3, "difference_high": -0.1}
+    assert sweep.comparison(less).verdict == "better"
+
+
+def test_a_changed_layer_is_given_its_own_weight_and_inputs(bench):
+    seen = []
+    changed = bench.change(lambda w, x: seen.append((w, x)) or 2 * w, ["k_proj"])
+    for i, (weight, inputs) in enumerate(seen):
+        assert weight is bench.model.layers[i].k_proj.weight
+        assert inputs is bench.layer(f"layers.{i}.q_proj")[1]  # q, k and v share their input
+        assert torch.equal(changed.layers[i].k_proj.weight, 2 * weight)
+        assert torch.equal(changed.layers[i].v_proj.weight, bench.model.layers[i].v_proj.weight)
+    assert bench.loss(bench.change(lambda w, x: w)).difference.value == 0
+
+
+def test_layer_inputs_are_what_the_layers_read(bench):
+    rows = bench.held_out[:24].view(2, 12)
+    found = layer_inputs(bench.model, rows)
+    first = bench.model.layers[0]
+    stream = bench.model.embedding(rows)
+    torch.testing.assert_close(found["layers.0"], stream)
+    torch.testing.assert_close(found["layers.0.k_proj"], first.attn_norm(stream).flatten(0, 1))
+    gate, up = (functional.linear(found[f"layers.0.{x}"], getattr(first, x).weight)
+                for x in ("gate_proj", "up_proj"))  # fmt: skip
+    torch.testing.assert_close(found["layers.0.down_proj"], functional.silu(gate) * up)
+    assert len(found) == 2 * 8 and not first.q_proj._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["teacher", "smollm2"])
+def test_the_committed_map_is_whole_and_of_the_committed_model(name):
+    """After a new teacher: python -m rooflm.lab.quantize.sweep --fresh."""
+    if not data_path(*sweep.MAP).exists():
+        pytest.skip("there is no map yet")
+    rows = sweep.load_map(name)
+    for recipe in (None, *sweep.variants(name)):
+        row = sweep.find_row(rows, recipe)
+        assert row["difference_low"] <= row["difference"] <= row["difference_high"]
+        assert 0 <= row["agreement"] <= 1 and row["divergence"] >= 0
+    assert min(row["tokens"] for row in rows) >= (16_000 if name == "teacher" else 4_000)

@@ -6,8 +6,8 @@ alternative text, which is also what a terminal shows.
 
 try:
     from rooflm.show.checks import check, checks
-    from rooflm.show.explorer import explorer
     from rooflm.show.figures import bars, figure, lines, memory_bars, operator_bars, roofline, roofs
+    from rooflm.show.pass_explorer import explorer
     from rooflm.show.tables import operators, table
     from rooflm.show.text import equation, say, takeaway
     from rooflm.show.words import si

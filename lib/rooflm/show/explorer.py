@@ -1,26 +1,21 @@
-"""The explorer of memory- and compute-bound operation.
+"""An explorer: controls, and what a setting of them shows.
 
-One definition, `EXPLORER_CONTROLS` and `explore`, serves a live notebook, where ipywidgets move
-the controls, and a page, where the setting at the start stands as figure and tables.
+One definition serves a live notebook, where ipywidgets move the controls, and a page, where the
+setting at the start stands as figure and tables. `pass_explorer` and its neighbours define some.
 """
 
 from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from rooflm.roofline.analysis import ATTENTIONS, Report, analyze
-from rooflm.roofline.config import model_names
-from rooflm.roofline.formats import Precision
-from rooflm.roofline.hardware import hardware_names
-from rooflm.roofline.model import ForwardPass
 from rooflm.roofline.numeric import unknown
-from rooflm.show.figures import roofline
-from rooflm.show.tables import Table, operators, table
-from rooflm.show.words import number, plain, report_words, si
+from rooflm.show.canvas import Figure
+from rooflm.show.words import number
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 HINT = "Run this notebook to move the controls."
@@ -32,9 +27,9 @@ class Control:
 
     Attributes
     ----------
-    name : the keyword of `explore`.
+    name : the keyword of the setting.
     label : what stands beside it.
-    kind : "choice" of a list, or "steps" on a slider whose steps double.
+    kind : "choice" of a list, or "steps" on a slider.
     options : the values.
     default : the one at the start.
     """
@@ -46,85 +41,25 @@ class Control:
     default: Any
 
 
-def _doubling(first: int, last: int) -> tuple[int, ...]:
-    values = [first]
-    while values[-1] < last:
-        values.append(2 * values[-1])
-    return tuple(values)
-
-
-EXPLORER_CONTROLS = (
-    Control("model", "Model", "choice", tuple(model_names()), "meta-llama/Llama-2-7b-hf"),
-    Control("device", "Device", "choice", tuple(hardware_names()), "nvidia-a6000"),
-    Control("phase", "Phase", "choice", ("prefill", "decode"), "decode"),
-    Control("batch", "Batch", "steps", _doubling(1, 1024), 1),
-    Control("context", "Context", "steps", _doubling(128, 131072), 2048),
-    Control(
-        "weights", "Weights", "choice",
-        ("fp16", "fp8", "int8", "int4-g128", "mxfp4", "nvfp4", "int2-g64"), "fp16",
-    ),
-    Control("activations", "Activations", "choice", ("fp16", "fp8", "int8"), "fp16"),
-    Control("kv_cache", "KV cache", "choice", ("fp16", "fp8", "int8", "int4"), "fp16"),
-    Control("attention", "Attention", "choice", ATTENTIONS, "flash"),
-)  # fmt: skip
-
-
-def explore(**settings: Any) -> tuple[Report, list[tuple[str, str]]]:
-    """What the explorer shows for a setting of its controls; those left out are at the start.
-
-    Returns
-    -------
-    report : the forward pass; in prefill the context is the prompt.
-    rows : (quantity, value) of the totals, in words.
-
-    Raises
-    ------
-    ValueError
-        for an unknown control or value, or a format that the device has no rate for.
-    """
-    s = {control.name: control.default for control in EXPLORER_CONTROLS}
-    for name in settings:
-        if name not in s:
-            raise unknown("control", name, s)
-    s |= settings
-    phases = {"prefill": ForwardPass.prefill, "decode": ForwardPass.decode}
-    if s["phase"] not in phases:
-        raise unknown("phase", s["phase"], phases)
-    step = phases[s["phase"]](s["batch"], s["context"])
-    precision = Precision(s["weights"], s["activations"], s["kv_cache"])
-    report = analyze(s["model"], s["device"], step, precision, attention=s["attention"])
-    return report, _totals(report)
-
-
-def explorer(
-    model: str = "meta-llama/Llama-2-7b-hf", device: str = "nvidia-a6000", **settings: Any
-) -> Explorer:
-    """The explorer; in a live notebook its controls move.
-
-    Parameters
-    ----------
-    model, device : where it starts.
-    settings : where the other controls start: phase, batch, context, weights, activations,
-        kv_cache, attention.
-    """
-    return Explorer(model=model, device=device, **settings)
-
-
 class Explorer:
     """A setting of the controls that shows itself: widgets where they live, else a figure.
 
-    Attributes
+    Parameters
     ----------
-    controls : the controls, with this explorer's values at the start.
+    controls : with their values at the start.
+    verdict : from a setting, by keywords, to its answer in one sentence.
+    view : from a setting to HTML. Both raise ValueError for a setting that can't be had.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        report, _ = explore(**settings)  # refuses what is wrong, here and not in the page
-        settings |= {"model": report.model.name, "device": report.device.name}
-        self.controls = tuple(
-            _starting_at(control, settings.get(control.name, control.default))
-            for control in EXPLORER_CONTROLS
-        )
+    def __init__(
+        self,
+        controls: Sequence[Control],
+        verdict: Callable[..., str],
+        view: Callable[..., str],
+    ) -> None:
+        self.controls = tuple(controls)
+        self._verdict, self._view = verdict, view
+        verdict(**self.start)  # refuses what is wrong, here and not in the page
         self._box: Any = None
 
     @property
@@ -141,17 +76,25 @@ class Explorer:
         return bundle
 
     def __repr__(self) -> str:
-        return f"Explorer. {_verdict(explore(**self.start)[0])} {HINT}"
+        return f"Explorer. {self._verdict(**self.start)} {HINT}"
 
     @property
     def html(self) -> str:
         """The page's form: the setting at the start, without controls."""
         note = f"<p><strong>Explorer, at its default setting.</strong> {HINT}</p>"
-        return f'<div class="explorer">{note}{self._view}</div>'
+        return f'<div class="explorer">{note}{self._first}</div>'
 
     @cached_property
-    def _view(self) -> str:
-        return view(**self.start)
+    def _first(self) -> str:
+        return self.show(**self.start)
+
+    def show(self, **setting: Any) -> str:
+        """HTML of one setting: its verdict and view, or one line of what is wrong."""
+        try:
+            status = f'<p role="status">{html.escape(self._verdict(**setting))}</p>'
+            return status + self._view(**setting)
+        except ValueError as error:
+            return f'<p role="alert">{html.escape(str(error))}</p>'
 
     def widget(self) -> Any:
         """The live form, an ipywidgets VBox; None where ipywidgets is not installed."""
@@ -160,61 +103,40 @@ class Explorer:
                 import ipywidgets
             except ImportError:
                 return None
-            self._box = _box(ipywidgets, self.controls, self._view)
+            self._box = _box(ipywidgets, self)
         return self._box
 
 
-def view(**settings: Any) -> str:
-    """HTML of one setting: verdict, figure, totals, operators; or one line of what is wrong."""
-    try:
-        report, totals = explore(**settings)
-    except ValueError as error:
-        return f'<p role="alert">{html.escape(str(error))}</p>'
-    figure = roofline(report.device, report)
+def starting_at(controls: Sequence[Control], **start: Any) -> tuple[Control, ...]:
+    """The controls with other values at the start; those left out are at their defaults.
+
+    Raises
+    ------
+    ValueError
+        for an unknown control.
+    """
+    names = [control.name for control in controls]
+    for name in start:
+        if name not in names:
+            raise unknown("control", name, names)
+    return tuple(_starting_at(c, start.get(c.name, c.default)) for c in controls)
+
+
+def figure_html(figure: Figure, caption: str) -> str:
+    """A figure of `canvas` as it stands in the view of an explorer."""
     png = base64.b64encode(figure.png).decode("ascii")
-    caption = html.escape(f"Operators of {report_words(report)}, under the roofs.")
     image = f'<img alt="{html.escape(figure.alt)}" src="data:image/png;base64,{png}">'
-    return (
-        f'<p role="status">{html.escape(_verdict(report))}</p>'
-        f'<figure style="margin: 0">{image}'
-        f'<figcaption style="color: inherit; font-weight: inherit">{caption}</figcaption></figure>'
-        f"{_totals_table(report, totals).html}{operators(report).html}"
-    )
+    style = 'style="color: inherit; font-weight: inherit"'
+    words = f"<figcaption {style}>{html.escape(caption)}</figcaption>"
+    return f'<figure style="margin: 0">{image}{words}</figure>'
 
 
-def _verdict(report: Report) -> str:
-    """The setting's answer in one sentence, a plan that does not fit first."""
-    speed = (
-        f"{si(report.seconds, 's')} at the roofs, {report.bound}-bound, "
-        f"{number(float(report.tokens_per_second), 3)} tokens/s."
-    )
-    if plain(report.fits) is False:
-        return f"{report_words(report)}. On more memory: {speed}"
-    return f"{report_words(report)}: {speed}"
-
-
-def _totals(report: Report) -> list[tuple[str, str]]:
-    held, capacity = report.memory, report.device.memory_capacity
-    fits = {True: "yes", False: "no", None: "capacity not published"}[plain(report.fits)]
-    return [
-        ("time of the pass, operator by operator", si(report.seconds, "s")),
-        ("lower bound of any schedule", si(report.lower_bound, "s")),
-        ("bound for most of the time", str(report.bound)),
-        ("new tokens", f"{number(float(report.tokens_per_second), 3)} tokens/s"),
-        ("work", si(report.flops, "FLOP")),
-        ("bytes moved", si(report.bytes, "B")),
-        ("memory for weights", si(held.weights, "B")),
-        ("memory for the KV cache", si(held.kv_cache, "B")),
-        ("memory for activations", si(held.activations, "B")),
-        ("memory in all", si(held.total, "B")),
-        ("capacity of the device", "not published" if capacity is None else si(capacity, "B")),
-        ("fits", fits),
-    ]
-
-
-def _totals_table(report: Report, totals: list[tuple[str, str]]) -> Table:
-    made = table(totals, columns=["quantity", "value"], caption=f"Totals: {report_words(report)}")
-    return replace(made, right=(False, True))
+def doubling(first: int, last: int) -> tuple[int, ...]:
+    """The options of a slider whose steps double."""
+    values = [first]
+    while values[-1] < last:
+        values.append(2 * values[-1])
+    return tuple(values)
 
 
 def _starting_at(control: Control, value: Any) -> Control:
@@ -225,16 +147,16 @@ def _starting_at(control: Control, value: Any) -> Control:
     return replace(control, options=options, default=value)
 
 
-def _box(widgets: Any, controls: tuple[Control, ...], start: str) -> Any:
+def _box(widgets: Any, explorer: Explorer) -> Any:
     """Widgets for the controls over one HTML widget, which is written anew when one moves.
 
     Nothing is printed in a callback: notebooks compare what is printed.
     """
-    made = {control.name: _widget(widgets, control) for control in controls}
-    shown = widgets.HTML(value=start)
+    made = {control.name: _widget(widgets, control) for control in explorer.controls}
+    shown = widgets.HTML(value=explorer._first)
 
     def redraw(_: Any) -> None:
-        shown.value = view(**{name: w.value for name, w in made.items()})
+        shown.value = explorer.show(**{name: w.value for name, w in made.items()})
 
     for widget in made.values():
         widget.observe(redraw, names="value")
@@ -245,7 +167,7 @@ def _box(widgets: Any, controls: tuple[Control, ...], start: str) -> Any:
 def _widget(widgets: Any, control: Control) -> Any:
     common = {
         "description": control.label,
-        "tooltip": f"{control.label} of the forward pass",
+        "tooltip": f"{control.label}: moves what is shown below",
         "style": {"description_width": "6em"},
         "layout": widgets.Layout(width="21em", max_width="100%"),
         "value": control.default,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rooflm.lab import text
 from rooflm.lab.checkpoints import load_checkpoint
@@ -34,12 +34,14 @@ from rooflm.lab.quantize.calibrate import (
 from rooflm.lab.quantize.methods import METHODS, Knowledge, Recipe
 from rooflm.lab.quantize.rotation import rotate_model
 from rooflm.lab.quantize.smoothquant import smooth_model
+from rooflm.lab.smollm2 import FILE_SHA256, load_smollm2
 from rooflm.lab.stored import read_checked, sha256
 from rooflm.roofline.datafiles import data_path
 
 TOKENS = 16_384
 WINDOW = 256  # predictions in a block, and tokens in a row of the calibration text
 ROWS = 16
+SMOLLM2 = "smollm2"
 CALIBRATION_TEXT = "emma"  # read in training; the held-out text stays unseen
 
 
@@ -107,6 +109,13 @@ class Bench:
         recipe = replace(recipe, rotate=False, smooth=None)
         return quantize_model(base.model, recipe, knowledge=base.knowledge)
 
+    def layer(self, name: str) -> tuple[Tensor, InputStatistics]:
+        """A layer's weight, and what it reads: of "layers.3.down_proj", say."""
+        _, index, kind = name.split(".")
+        inputs = self.base().knowledge[name].inputs
+        assert inputs is not None
+        return inner_linear(self.model.layers[int(index)], kind).weight, inputs
+
     @torch.no_grad()
     def change(
         self, quantize: Callable[[Tensor, InputStatistics], Tensor], kinds: Iterable[str] = LINEARS
@@ -118,67 +127,35 @@ class Bench:
         quantize : (weight, inputs) to the weight that is to stand in its place.
         kinds : the linear layers of a block to change; the others stay as they are.
         """
-        result, known = copy.deepcopy(self.model), self.base().knowledge
+        result = copy.deepcopy(self.model)
         for i, block in enumerate(result.layers):
             for name in kinds:
-                weight, inputs = (
-                    inner_linear(block, name).weight,
-                    known[f"layers.{i}.{name}"].inputs,
-                )
-                assert inputs is not None
-                weight.copy_(quantize(weight.clone(), inputs))
+                weight, inputs = self.layer(f"layers.{i}.{name}")
+                inner_linear(block, name).weight.copy_(quantize(weight, inputs))
         return result
 
 
-@torch.no_grad()
-def layer_inputs(model: Transformer, rows: Tensor) -> dict[str, Tensor]:
-    """What each linear layer reads, (tokens, d_in), by its name; and what enters each block.
-
-    Parameters
-    ----------
-    rows : (rows, window), tokens. All inputs are kept: a few hundred tokens are enough to look at.
-
-    Returns
-    -------
-    dict
-        "layers.0.q_proj" and so on; "layers.0", … for the residual stream, (rows, window, hidden).
-    """
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, flat: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
-            found[name] = given[0].flatten(0, -2) if flat else given[0]
-
-        return hook
-
-    hooks = []
-    for i, block in enumerate(model.layers):
-        hooks.append(block.register_forward_pre_hook(keep(f"layers.{i}", False)))
-        for name in LINEARS:
-            linear = inner_linear(block, name)
-            hooks.append(linear.register_forward_pre_hook(keep(f"layers.{i}.{name}", True)))
-    model.states(rows)
-    for hook in hooks:
-        hook.remove()
-    return found
-
-
 def make_bench(name: str | Path = "teacher", tokens: int = TOKENS) -> Bench:
-    """A checkpoint with the first tokens of *Persuasion*, calibrated on *Emma*.
+    """A model with the first tokens of *Persuasion*, calibrated on *Emma*.
 
     Parameters
     ----------
-    name : of a checkpoint, or its folder.
+    name : "smollm2", the name of a checkpoint, or its folder.
     tokens : predictions to measure on; two blocks of `WINDOW` at least.
     """
-    model = load_checkpoint(name)
-    held_out = text.encode(text.load_text(text.HELD_OUT))[: tokens + 1]
-    emma = text.encode(text.load_text(CALIBRATION_TEXT))
+    if str(name) == SMOLLM2:
+        model, tokenizer = load_smollm2()
+    else:
+        model, tokenizer = load_checkpoint(name), text.load_tokenizer()
+    held_out = text.encode(text.load_text(text.HELD_OUT), tokenizer)[: tokens + 1]
+    emma = text.encode(text.load_text(CALIBRATION_TEXT), tokenizer)
     rows = calibration_rows(emma, ROWS, WINDOW)
-    return Bench(model, held_out, rows, text.token_bytes())
+    return Bench(model, held_out, rows, text.token_bytes(tokenizer))
 
 
 def checkpoint_digest(name: str | Path = "teacher") -> str:
-    """The start of the SHA-256 of a checkpoint's weights."""
+    """The start of the SHA-256 of a model's weights."""
+    if str(name) == SMOLLM2:
+        return FILE_SHA256[:12]
     folder = data_path("checkpoints", str(name)) if "/" not in str(name) else Path(name)
     return sha256(read_checked(folder / "model.safetensors"))[:12]

@@ -10,7 +10,7 @@ Chapter: quantization methods.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,41 @@ def visit_blocks(
             {name: found[first] for first, names in SHARED_INPUTS.items() for name in names},
         )
         states = _run(block, states, table)
+
+
+@torch.no_grad()
+def layer_inputs(model: Transformer, rows: Tensor) -> dict[str, Tensor]:
+    """What each linear layer reads, (tokens, d_in), by its name; and what enters each block.
+
+    Parameters
+    ----------
+    rows : (rows, window), tokens. All inputs are kept: a few hundred tokens are enough to look at.
+
+    Returns
+    -------
+    dict
+        "layers.0.q_proj" and so on; "layers.0", … for the residual stream, (rows, window, hidden).
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, flat: bool) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
+            found[name] = given[0].flatten(0, -2) if flat else given[0]
+
+        return hook
+
+    hooks = []
+    for i, block in enumerate(model.layers):
+        hooks.append(block.register_forward_pre_hook(keep(f"layers.{i}", False)))
+        for name in LINEARS:
+            linear = inner_linear(block, name)
+            hooks.append(linear.register_forward_pre_hook(keep(f"layers.{i}.{name}", True)))
+    try:
+        model.states(rows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def fisher_information(model: Transformer, rows: Tensor) -> dict[str, Tensor]:

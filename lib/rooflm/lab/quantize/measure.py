@@ -24,10 +24,8 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rooflm.lab.model import Transformer
-from rooflm.lab.quantize.calibrate import SHARED_INPUTS, inner_linear
 from rooflm.lab.quantize.codecs import store
 from rooflm.lab.quantize.float_codecs import FloatFormat
 from rooflm.roofline.numeric import shorten, size
@@ -234,41 +232,6 @@ def float_bits(x: float, form: FloatFormat) -> str:
     # Biases are 2^(k-1) - 1 for k bits of exponent, which the lowest exponent tells.
     sign = int(math.copysign(1, x) < 0)
     return f"{sign} {field:0{(1 - lowest).bit_length() + 1}b} {int(steps) % 2**width:0{width}b}"
-
-
-@torch.no_grad()
-def layer_inputs(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
-    """What the linear layers of a model read on a text.
-
-    Parameters
-    ----------
-    tokens : (tokens,), one sequence.
-
-    Returns
-    -------
-    dict
-        "layers.0.q_proj": (tokens, d_in), and so on; layers that read the same input stand
-        under the first of them (q_proj for k_proj and v_proj, gate_proj for up_proj).
-    """
-    found: dict[str, Tensor] = {}
-
-    def keeper(key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[key] = inputs[0][0]
-
-        return keep
-
-    hooks = [
-        inner_linear(block, name).register_forward_pre_hook(keeper(f"layers.{i}.{name}"))
-        for i, block in enumerate(model.layers)
-        for name in SHARED_INPUTS
-    ]
-    try:
-        model.states(tokens[None])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
 
 
 def _rising(levels: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
-"""The map: every method at every width, measured on one model and one text.
+"""The map: every method at every width, measured on a model and a text.
 
     python -m rooflm.lab.quantize.sweep
+    python -m rooflm.lab.quantize.sweep --model smollm2
 
-measures about a hundred variants of the teacher on *Persuasion* and writes a row for each into
-`data/measurements/quantization_map.csv`. A row that is there is not measured again, so that an
-interrupted run goes on when the same command is given. A file whose rows are of another
-checkpoint, text or length is refused.
+measure a hundred variants of the teacher, and a dozen of SmolLM2, on *Persuasion* and write a row
+for each into `data/measurements/quantization_map.csv`. A row that is there is not measured again,
+so that an interrupted run goes on when the same command is given. A file whose rows are of
+another checkpoint or length is refused.
 
 Conventions: calibration is that of `bench`, done once. All variants are measured on the same
 blocks as the full model, so that their differences have paired intervals. `seconds` is what the
-method took, calibration apart, on whatever machine.
+method took, calibration apart, on whatever machine. SmolLM2's weights lie on a 4-bit grid already
+(`smollm2`): what rounding to 4 bits costs it is not what it would cost the original.
 
 Chapter: quantization methods.
 """
@@ -29,14 +31,24 @@ from typing import Any
 
 import torch
 
-from rooflm.lab.evaluate import compare
-from rooflm.lab.quantize.bench import TOKENS, WINDOW, Bench, checkpoint_digest, make_bench
+from rooflm.lab.estimates import Estimate
+from rooflm.lab.evaluate import Comparison, compare
+from rooflm.lab.quantize.bench import (
+    SMOLLM2,
+    TOKENS,
+    WINDOW,
+    Bench,
+    checkpoint_digest,
+    make_bench,
+)
 from rooflm.lab.quantize.methods import METHODS, Recipe
 from rooflm.lab.stored import write_whole
 from rooflm.roofline.datafiles import data_path
 
 MAP = ("measurements", "quantization_map.csv")
 FULL = "full"  # the method of the row without quantization
+_COMMAND = "python -m rooflm.lab.quantize.sweep"
+_SMOLLM2_TOKENS = 4096  # twenty-five times the teacher's work for each
 # Their bits are not chosen.
 _OWN_BITS = ("format", "binary", "ternary", "pb-llm", "billm", "llm-int8")
 _TEXTS = ("model", "checkpoint", "method", "options", "date", "torch")
@@ -49,9 +61,16 @@ _NUMBERS = (
 COLUMNS = (*_TEXTS[:3], *_WHOLE[:2], "options", *_NUMBERS, "tokens", "date", "torch")
 
 
-def variants() -> list[Recipe]:
-    """What the map holds, beside the full model."""
+def variants(name: str = "teacher") -> list[Recipe]:
+    """What the map holds of a model, beside the full one: of SmolLM2 a choice."""
     low = (4, 3, 2)
+    eight = Recipe("round", 8, symmetric=True, activations=8)
+    both = [replace(eight, per=x) for x in ("token", "tensor", "static")]
+    both += [Recipe("llm-int8"), replace(eight, rotate=True)]
+    both += [replace(eight, smooth=0.5, per=x) for x in ("token", "static")]
+    if name == SMOLLM2:
+        few = [Recipe("round", bits, group) for bits in low for group in (0, 64)]
+        return [Recipe("round", 8), *few, Recipe("gptq", 3), Recipe("gptq", 3, 64), *both]
     rounded = [Recipe("round", bits, group) for group in (0, 64) for bits in (8, 6, 5, *low)]
     rounded += [Recipe("round", bits, group, clip="mse") for group in (0, 64) for bits in low]
     rounded += [Recipe("round", bits, symmetric=True) for bits in (8, *low)]
@@ -66,33 +85,29 @@ def variants() -> list[Recipe]:
     turned = [Recipe(name, *x, rotate=True) for name in ("round", "gptq") for x in rows_and_groups]
     tiny = [Recipe(name, group=group) for name in ("binary", "ternary") for group in (0, 64)]
     tiny += [Recipe("pb-llm", group=128, keep=0.1), Recipe("billm", group=128)]
-    eight = Recipe("round", 8, symmetric=True, activations=8)
-    both = [replace(eight, per=x) for x in ("token", "tensor", "static")]
-    both += [Recipe("llm-int8"), replace(eight, rotate=True)]
-    both += [replace(eight, smooth=0.5, per=x) for x in ("token", "static")]
     four = [Recipe(x, 4, 64, activations=a) for x in ("round", "gptq") for a in (8, 4)]
     both += four + [replace(x, rotate=True) for x in four]
     return [*rounded, *formats, *gptq, *awq, *kept, *books, *turned, *tiny, *both]
 
 
-def load_map(path: Path | None = None, name: str | Path = "teacher") -> list[dict[str, Any]]:
-    """The rows of the map, numbers as numbers.
+def load_map(name: str | Path = "teacher", path: Path | None = None) -> list[dict[str, Any]]:
+    """The rows of a model, numbers as numbers.
 
     Parameters
     ----------
-    path : None for the map in `data/measurements`.
-    name : the checkpoint that the rows must be of.
+    name : of the model, or the folder of its checkpoint.
+    path : of the map; None for the one in `data/measurements`.
 
     Raises
     ------
     ValueError
-        in one line: the file is missing, altered, or of another checkpoint.
+        in one line: the file is missing or altered, or holds no rows of this checkpoint.
     """
     path = path or data_path(*MAP)
-    rows = _read(path)
+    rows = [row for row in _read(path) if row["model"] == Path(name).name]
     if not rows:
-        raise ValueError(f"{path.name} holds no rows; make it: python -m rooflm.lab.quantize.sweep")
-    _check_rows(path, rows, checkpoint_digest(name))
+        raise ValueError(f"{path.name} has no rows of {name}; {_COMMAND} --model {name} makes them")
+    _check_rows(path, rows, Path(name).name, checkpoint_digest(name))
     return rows
 
 
@@ -102,14 +117,24 @@ def find_row(rows: Iterable[Mapping[str, Any]], recipe: Recipe | None) -> Mappin
     for row in rows:
         if _key(row) == wanted:
             return row
-    raise ValueError(f"the map has no row of {' '.join(map(str, wanted))}")
+    raise ValueError(f"the map has no row of {label(recipe)}")
 
 
-def label(row: Mapping[str, Any]) -> str:
-    """A row in words, such as "gptq 3 bits g64 act_order"."""
+def label(row: Mapping[str, Any] | Recipe | None) -> str:
+    """A row or a recipe in words, such as "gptq 3 bits g64 act_order"."""
+    if row is None or isinstance(row, Recipe):
+        row = _names(row)
     bits = f"{row['bits']} bits" if row["bits"] is not None else ""
     group = f"g{row['group']}" if row["group"] else ""
     return " ".join(filter(None, (row["method"], bits, group, row["options"])))
+
+
+def comparison(row: Mapping[str, Any]) -> Comparison:
+    """What `evaluate.compare` found of a row, in bits per byte."""
+    found = Estimate(row["difference"], row["difference_low"], row["difference_high"])
+    worse = "worse" if found.value > 0 else "better"
+    noise = found.low <= 0 <= found.high
+    return Comparison("bits_per_byte", found, "within noise" if noise else worse)
 
 
 def sweep(
@@ -127,13 +152,15 @@ def sweep(
     ----------
     path : of the map; its rows are kept.
     name, digest : of the checkpoint.
-    fresh : drop the rows that the file holds, once the first new one is there.
+    fresh : drop the rows that the file holds of this model, once the first new one is there.
     say : receives a line of progress.
     """
-    rows = _read(path) if path.exists() and not fresh else []
+    rows = _read(path) if path.exists() else []
+    if fresh:
+        rows = [row for row in rows if row["model"] != name]
     tokens = int(bench.full.blocks.tokens.sum())
-    _check_rows(path, rows, digest, tokens)
-    done = {_key(row) for row in rows}
+    _check_rows(path, rows, name, digest, tokens)
+    done = {_key(row) for row in rows if row["model"] == name}
     missing = [r for r in (None, *recipes) if _key(_names(r)) not in done]
     begin = time.monotonic()
     for i, recipe in enumerate(missing):
@@ -211,8 +238,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return [_typed(row) for row in reader]
     except OSError as error:
         raise ValueError(
-            f"cannot read {path.name}: {error.strerror}; make it: "
-            "python -m rooflm.lab.quantize.sweep"
+            f"cannot read {path.name}: {error.strerror}; {_COMMAND} makes it"
         ) from None
     except (ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{path.name} is altered: {error}; restore or delete it") from None
@@ -226,9 +252,13 @@ def _typed(row: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _check_rows(
-    path: Path, rows: Iterable[Mapping[str, Any]], digest: str, tokens: int | None = None
+    path: Path,
+    rows: Iterable[Mapping[str, Any]],
+    name: str,
+    digest: str,
+    tokens: int | None = None,
 ) -> None:
-    for row in rows:
+    for row in (row for row in rows if row["model"] == name):
         if row["checkpoint"] != digest:
             raise ValueError(
                 f"{path.name} holds rows of checkpoint {row['checkpoint']}, not {digest}; "
@@ -252,10 +282,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="An interrupted run goes on when the same command is given.",
     )
     add = parser.add_argument
-    add("--model", default="teacher", help="teacher, student or a checkpoint's folder")
-    add("--tokens", type=int, default=TOKENS, help="of Persuasion to measure on (%(default)s)")
+    add("--model", default="teacher", help="teacher, student, smollm2 or a checkpoint's folder")
+    tokens = f"of Persuasion to measure on ({TOKENS}; {SMOLLM2}: {_SMOLLM2_TOKENS})"
+    add("--tokens", type=int, help=tokens)
     add("--method", choices=METHODS, metavar="METHOD", help="only variants of this method")
-    add("--fresh", action="store_true", help="drop the rows that the file holds")
+    add("--fresh", action="store_true", help="drop the rows that the file holds of the model")
     add("--out", type=Path, help="the map (data/measurements/quantization_map.csv)")
     return parser
 
@@ -264,17 +295,17 @@ def main(given: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = _parser()
     a = parser.parse_args(given)
-    if a.tokens < 2 * WINDOW:
-        parser.error(f"--tokens is {a.tokens}; allowed: {2 * WINDOW} or more")
-    path = a.out or data_path(*MAP)
+    tokens = a.tokens or (_SMOLLM2_TOKENS if a.model == SMOLLM2 else TOKENS)
+    if tokens < 2 * WINDOW:
+        parser.error(f"--tokens is {tokens}; allowed: {2 * WINDOW} or more")
+    path, name = a.out or data_path(*MAP), Path(a.model).name
     try:
         digest = checkpoint_digest(a.model)
         if path.exists() and not a.fresh:  # before the minute of calibration
-            _check_rows(path, _read(path), digest, a.tokens // WINDOW * WINDOW)
-        recipes = [r for r in variants() if a.method in (None, r.method)]
-        bench = make_bench(a.model, a.tokens)
-        print("calibrated; measuring", flush=True)
-        sweep(bench, recipes, path, Path(a.model).name, digest, a.fresh, _say)
+            _check_rows(path, _read(path), name, digest, tokens // WINDOW * WINDOW)
+        recipes = [r for r in variants(name) if a.method in (None, r.method)]
+        bench = make_bench(a.model, tokens)
+        sweep(bench, recipes, path, name, digest, a.fresh, _say)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on after the last row", file=sys.stderr)
         return 130
