@@ -25,6 +25,8 @@ CHECKS = {
     "notebooks": [PYTHON, "book/build.py", "compare"],
 }
 LINT = [name for name in CHECKS if name not in ("pytest", "notebooks")]
+# Two workers on the threads of all cores would wait for each other.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
 
 
@@ -37,7 +39,8 @@ def main(target: str) -> int:
     for number, name in enumerate(names, 1):
         print(f"[{number}/{len(names)}] {name}", flush=True)
         start = time.monotonic()
-        code = subprocess.call(CHECKS[name], cwd=ROOT, env={**os.environ, **variables})
+        own = {**(ONE_THREAD if name == "pytest" else {}), **variables}
+        code = subprocess.call(CHECKS[name], cwd=ROOT, env={**os.environ, **own})
         if code:
             failed.append(name)
         verdict = "FAILED" if code else "ok"

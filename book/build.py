@@ -185,10 +185,16 @@ def kernel_environment(scratch: str) -> dict[str, str]:
     return {
         "IPYTHONDIR": scratch,
         "JUPYTER_PREFER_ENV_PATH": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_each())),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else debugpy may warn on standard error
         "PYTHONHASHSEED": "0",
     }
+
+
+def threads_each() -> int:
+    """Threads of torch for a notebook; more than there are cores, and they wait for each other."""
+    return max(1, (os.cpu_count() or 1) // WORKERS)
 
 
 # --- notebooks as files -----------------------------------------------------------------------

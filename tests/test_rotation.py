@@ -179,6 +179,16 @@ def test_a_rotated_models_logits_are_the_originals(model, online):
     assert relative_difference(rotate_model(exact, 3, online=online), exact) < 1e-10
 
 
+def test_a_rotated_model_counts_its_own_head(model):
+    turned = rotate_model(model, online=False)
+    counted = sum(p.numel() for p in turned.parameters())
+    assert (
+        turned.to_roofline().parameters
+        == counted
+        == model.to_roofline().parameters + 96 * len(model.embedding.weight)
+    )
+
+
 def test_any_orthogonal_rotation_of_the_residual_stream_leaves_the_logits():
     model = make_model(torch.float64)
     with torch.no_grad():  # its principal axes: the energy gathers in the first channels

@@ -320,4 +320,5 @@ class Transformer(nn.Module):
 
     def to_roofline(self) -> Model:
         """The model that `rooflm.analyze` takes."""
-        return load_model(self.config.to_dict())
+        tied = {"tie_word_embeddings": self.head is None}  # rotation and packing untie it
+        return load_model(self.config.to_dict() | tied)
