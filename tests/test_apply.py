@@ -11,7 +11,7 @@ import rooflm
 from rooflm.lab.checkpoints import load_checkpoint, save_checkpoint
 from rooflm.lab.model import Config, Transformer, rope_table
 from rooflm.lab.quantize import __main__ as command
-from rooflm.lab.quantize import binary, codecs, grids, sensitive
+from rooflm.lab.quantize import binary, codecs, grids, salient, sensitive
 from rooflm.lab.quantize.apply import RoundedInput, gather_knowledge, quantize_model
 from rooflm.lab.quantize.awq import awq
 from rooflm.lab.quantize.billm import billm
@@ -107,6 +107,9 @@ CORES = {
     Recipe("gptq", 2, 16): lambda w, x, f: gptq(w, gram(x), 2, 16).weight,
     Recipe("gptq", 3, act_order=True): lambda w, x, f: gptq(w, gram(x), 3, act_order=True).weight,
     Recipe("awq", 3, 16): lambda w, x, f: awq(w, gram(x), x.abs().mean(0), 3, 16).weight,
+    Recipe("salient", 3, 16, keep=0.1): lambda w, x, f: (
+        salient.keep_salient(w, x.abs().mean(0), 3, 16, 0.1).weight
+    ),
     Recipe("owq", 3, keep=0.1): lambda w, x, f: (
         sensitive.keep_columns(w, gram(x), 3, round(0.1 * w.shape[1])).weight
     ),

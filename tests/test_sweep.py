@@ -138,7 +138,7 @@ def test_variants_are_named_apart_and_cover_every_method():
     names = [tuple(sweep._names(recipe).values()) for recipe in recipes]
     assert len(set(names)) == len(recipes)
     assert {recipe.method for recipe in recipes} == set(METHODS)
-    assert {recipe.bits for recipe in recipes if recipe.method == "gptq"} == {4, 3, 2}
+    assert {recipe.bits for recipe in recipes if recipe.method == "gptq"} == {8, 4, 3, 2}
 
 
 @pytest.mark.parametrize(

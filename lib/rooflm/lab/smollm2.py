@@ -9,7 +9,7 @@ file. Its texts are unknown to us; a perplexity on *Persuasion* is not one on he
 The package is found and its file read, but none of its code is run: it would import a runtime
 that compiles. Hence `--no-deps` when it is installed.
 
-Sources: Allal et al., "SmolLM2", arXiv 2502.02737; the package's file, Apache-2.0.
+Sources: Ben Allal et al., "SmolLM2", arXiv 2502.02737; the package's file, Apache-2.0.
 
 Chapter: number formats; quantization methods.
 """

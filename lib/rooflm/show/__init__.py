@@ -7,7 +7,13 @@ alternative text, which is also what a terminal shows.
 try:
     from rooflm.show.checks import check, checks
     from rooflm.show.figures import bars, figure, lines, memory_bars, operator_bars, roofline, roofs
+    from rooflm.show.finetuning_explorer import finetuning_explorer
+    from rooflm.show.formats_explorer import formats_explorer
+    from rooflm.show.frontier import Measured, frontier
+    from rooflm.show.grids import grids
+    from rooflm.show.methods_explorer import methods_explorer
     from rooflm.show.pass_explorer import explorer
+    from rooflm.show.scatter import scatter
     from rooflm.show.tables import operators, table
     from rooflm.show.text import equation, say, takeaway
     from rooflm.show.words import si
@@ -17,19 +23,26 @@ except ModuleNotFoundError as missing:
     ) from None
 
 __all__ = [
+    "Measured",
     "bars",
     "check",
     "checks",
     "equation",
     "explorer",
     "figure",
+    "finetuning_explorer",
+    "formats_explorer",
+    "frontier",
+    "grids",
     "lines",
     "memory_bars",
+    "methods_explorer",
     "operator_bars",
     "operators",
     "roofline",
     "roofs",
     "say",
+    "scatter",
     "si",
     "table",
     "takeaway",

@@ -118,7 +118,7 @@ def awq(
 
 
 def channel_scales(mean_abs: Tensor, alpha: float, weight: Tensor) -> Tensor:
-    """The scales s = m^alpha, normalized to sqrt(max * min) = 1 (eq. 5).
+    """The scales s = m^alpha (eq. 5), normalized to sqrt(max * min) = 1.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ def clip_to_output(
         (d_out, d_in), dequantized: for each group the best of `CLIP_RANGES`, parts of its full
         range.
 
-    Source: arXiv 2306.00978, section 3.2, last paragraph.
+    Source: arXiv 2306.00978, section 3.2, "Searching to scale", at its end.
     """
     grouped = to_groups(weight, group)  # (d_out, groups, group)
     width = grouped.shape[2]

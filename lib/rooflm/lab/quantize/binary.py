@@ -252,7 +252,7 @@ def compensate_blocks(
     Tensor
         (d_out, d_in), float32.
 
-    Source: arXiv 2402.04291, algorithm 1; arXiv 2210.17323, eq. 2-3 with Q a set of columns.
+    Source: arXiv 2402.04291, algorithm 1; arXiv 2210.17323, eq. 4-5, Q a set of columns.
     """
     check_hessian(hessian, weight)
     size("block", block)

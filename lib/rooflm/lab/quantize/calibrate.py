@@ -2,7 +2,7 @@
 
 The blocks are visited in order. Each is run as it is, and the inputs of its linear layers are
 summed up; the caller may then change the block, and it is run again, so that the next block is
-calibrated on what the changed ones hand to it (GPTQ, arXiv 2210.17323, section 4).
+calibrated on what the changed ones hand to it (GPTQ, arXiv 2210.17323, section 5, "Setup").
 
 Chapter: quantization methods.
 """
@@ -163,7 +163,7 @@ def fisher_information(model: Transformer, rows: Tensor) -> dict[str, Tensor]:
     -------
     dict
         "layers.0.q_proj": (d_out, d_in), and so on: the diagonal of the empirical Fisher matrix,
-        which stands for the Hessian's (SqueezeLLM, arXiv 2306.07629, eq. 3).
+        which stands for the Hessian's (SqueezeLLM, arXiv 2306.07629, section 4.1).
     """
     weights = {
         f"layers.{i}.{name}": inner_linear(block, name).weight

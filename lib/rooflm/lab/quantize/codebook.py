@@ -12,12 +12,12 @@ clusters, by dynamic programming: the exact optimum where the row is no longer t
 inside the runs, to a local optimum. Nothing is drawn at random. Centroids are rounded to FP16
 before the codes are computed.
 
-Sources: SqueezeLLM, arXiv 2306.07629, section 4.1, eq. 3-5; Lloyd, 1982, IEEE Transactions on
+Sources: SqueezeLLM, arXiv 2306.07629, section 4.1, eq. 4-5; Lloyd, 1982, IEEE Transactions on
 Information Theory 28(2), 129-137; the optimum in one dimension: Wang and Song, 2011, The R
 Journal 3(2), 29-33; the density of points: Panter and Dite, 1951, Proceedings of the IRE 39(1),
-44-48.
+44-48; one table for all groups: BOF4, arXiv 2505.06653.
 
-Chapter: quantization methods.
+Chapter: number formats; quantization methods.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rooflm.lab.quantize.grids import LARGEST_FP16
+from rooflm.lab.quantize.grids import LARGEST_FP16, to_groups
 from rooflm.roofline.numeric import shorten, size
 
 # Runs of neighbours that the dynamic programme joins to clusters; its time grows with the square.
@@ -92,6 +92,63 @@ def squeezellm(weight: Tensor, importance: Tensor, bits: int, iterations: int = 
     return Codebook(dequantized.to(weight.dtype), codes, centroids.to(weight.dtype), stored)
 
 
+def block_table(weight: Tensor, group: int, bits: int, iterations: int = 300) -> Tensor:
+    """One table of levels for all groups, each scaled by its largest magnitude, as NF4 is used.
+
+    Numbers are taken relative to their group's largest magnitude, and counted by its square, so
+    that the error of the weight itself is what gets small.
+
+    Parameters
+    ----------
+    weight : (d_out, d_in): the weight that the table is for, or numbers that stand for many.
+    group : elements that share a scale; 0 for a scale a row.
+    bits : of a code, 1 to 6.
+    iterations : at most so many of Lloyd's.
+
+    Returns
+    -------
+    Tensor
+        (2^bits,), rising, float64, within [-1, 1]; the outermost levels need not be -1 and 1.
+
+    Source: BOF4, arXiv 2505.06653, the table of least mean squared error.
+    """
+    if not isinstance(bits, int) or not 1 <= bits <= 6:
+        raise ValueError(f"bits is {shorten(bits)}; allowed: a whole number from 1 to 6")
+    grouped = to_groups(weight, group).double()
+    peak = grouped.abs().amax(-1, keepdim=True)
+    values, order = (grouped / torch.where(peak == 0, 1.0, peak)).flatten().sort()
+    counts = peak.square().expand_as(grouped).flatten()[order][None]
+    runs = _runs(values[None], counts, RUNS_PER_CLUSTER * 2**bits)
+    edges = optimal_partition(values[None], counts, runs, 2**bits)
+    return lloyd(values[None], counts, edges, iterations)[0]
+
+
+def on_table(x: Tensor, table: Tensor, group: int, top: float | None = None) -> Tensor:
+    """Numbers on one table of levels, scaled for each group by its largest magnitude.
+
+    Parameters
+    ----------
+    x : any shape; groups are neighbours in it.
+    table : (levels,), rising.
+    group : numbers that share a scale, a divisor of the last dimension.
+    top : what the largest magnitude is scaled to; None for the largest of the table.
+
+    Returns
+    -------
+    Tensor
+        of the shape of x, float32.
+
+    >>> on_table(torch.tensor([[4.0, -1.0, 0.6, 8.0]]), torch.tensor([-1.0, 0.0, 1.0]), 2)
+    tensor([[4., 0., 0., 8.]])
+    """
+    grouped = to_groups(x.reshape(-1, x.shape[-1]), group).float()
+    scale = grouped.abs().amax(-1, keepdim=True) / float(table.abs().max() if top is None else top)
+    scale = torch.where(scale == 0, 1.0, scale)
+    table = table.float()
+    codes = torch.bucketize(grouped / scale, (table[1:] + table[:-1]) / 2)
+    return (table[codes] * scale).reshape(x.shape)
+
+
 def optimal_partition(values: Tensor, counts: Tensor, runs: Tensor, clusters: int) -> Tensor:
     """The partition of a sorted row into intervals of least weighted squared error.
 
@@ -107,7 +164,7 @@ def optimal_partition(values: Tensor, counts: Tensor, runs: Tensor, clusters: in
     Tensor
         (rows, clusters + 1), rising from 0 to n: the places that were taken.
 
-    Source: Wang and Song, 2011, section "Dynamic programming".
+    Source: Wang and Song, 2011.
     """
     mass, moment, energy = (s.gather(1, runs)[:, :, None] for s in _running_sums(values, counts))
     held = (mass - mass.mT).clamp(min=torch.finfo(mass.dtype).tiny)

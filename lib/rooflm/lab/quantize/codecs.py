@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rooflm.lab.quantize.binary import binarize
 from rooflm.lab.quantize.float_codecs import (
     BF16,
     E2M1,
@@ -228,7 +229,8 @@ def ternary(weight: Tensor, packed: bool = True) -> Stored:
 
     Source: BitNet b1.58, arXiv 2402.17764, equations 1-3.
     """
-    scale = _mean_magnitude(weight.flatten())
+    scale = round_up_to_fp16(weight.double().abs().mean().float())
+    scale = torch.where(scale == 0, 1.0, scale)
     codes = torch.round(weight / scale).clamp(-1, 1)
     bits = 2 if packed else math.log2(3)
     return Stored(codes * scale, {"codes": Part(codes, bits), "scale": Part(scale, 16)})
@@ -248,17 +250,10 @@ def binary(weight: Tensor) -> Stored:
 
     Source: XNOR-Net, arXiv 1603.05279, equation 6.
     """
-    scale = _mean_magnitude(weight)
+    values = binarize(weight)
     codes = torch.where(weight < 0, -1.0, 1.0)
-    # A row of zeros keeps scale 0, which FP16 holds and which gives zeros back.
-    scale = torch.where((weight != 0).any(-1, keepdim=True), scale, 0.0)
-    return Stored(codes * scale, {"codes": Part(codes, 1), "scale": Part(scale, 16)})
-
-
-def _mean_magnitude(x: Tensor) -> Tensor:
-    """The mean of |x| over the last dimension, rounded up to FP16; 1 for zeros."""
-    mean = round_up_to_fp16(x.double().abs().mean(-1, keepdim=x.dim() > 1).float())
-    return torch.where(mean == 0, 1.0, mean)
+    scale = values[:, :1].abs()  # 0 for a row of zeros, which FP16 holds
+    return Stored(values, {"codes": Part(codes, 1), "scale": Part(scale, 16)})
 
 
 def _fp8_kind(name: str) -> FloatFormat:

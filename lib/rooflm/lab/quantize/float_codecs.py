@@ -11,7 +11,7 @@ carry one FP32 scale a row. NF4, the "normal float", is a table of 16 levels und
 for 64, which double quantization stores in 8 bits.
 
 Sources: FP8, arXiv 2209.05433, section 3 and table 1; E2M1, E8M0 and MXFP4, OCP Microscaling
-Formats v1.0, sections 5.2-5.4 and 6.3 (scale: 2^(floor(log2 max|w|) - 2)); NVFP4, arXiv
+Formats v1.0, sections 5 and 6.3 (scale: 2^(floor(log2 max|w|) - 2)); NVFP4, arXiv
 2509.25149, appendix on the quantization procedure; NF4 and double quantization, QLoRA, arXiv
 2305.14314, section 3 and appendix E.
 
@@ -169,7 +169,7 @@ def scaled_fp8(weight: Tensor, form: FloatFormat = E4M3) -> Stored:
     Stored
         with parts elements (d_out, d_in) and scale (d_out, 1).
 
-    Source: arXiv 2209.05433, section 3.2 (scaling factors in software, in FP32).
+    Source: arXiv 2209.05433, section 3.2 (scaling factors in software).
     """
     weight = weight.float()
     scale = weight.abs().amax(1, keepdim=True) / form.largest

@@ -18,8 +18,8 @@ change all columns to its right.
   the result is stored with plain group scales, no permutation at inference.
 - A column whose input was always 0 is rounded, and moves nothing.
 
-Sources: GPTQ, arXiv 2210.17323, section 3.3, eq. 2-3 and algorithm 1; OBQ, arXiv 2208.11580,
-section 4; `sweep` is the loop of SparseGPT too, arXiv 2301.00774, section 3.
+Sources: GPTQ, arXiv 2210.17323, sections 3 (eq. 1-3) and 4 (algorithm 1); OBQ, arXiv 2208.11580,
+section 5; `sweep` is the loop of SparseGPT too, arXiv 2301.00774, section 3.
 
 Chapter: quantization methods.
 """
@@ -179,7 +179,7 @@ def inverse_factor(hessian: Tensor, damp: float = 0.01) -> Tensor:
     Tensor
         (d_in, d_in). A column that was never excited, H[j, j] = 0, stands alone.
 
-    Source: arXiv 2210.17323, section 3.3, step 3.
+    Source: arXiv 2210.17323, section 4, step 3.
     """
     if not 0 <= damp < float("inf"):
         raise ValueError(f"damp is {shorten(damp)}; allowed: a finite number, 0 or more")

@@ -11,7 +11,7 @@ clipping leaves alone is at most s/2. Halves round to even.
   the range widened to contain 0, so that 0 is always exact.
 
 Sources: Krishnamoorthi, arXiv 1806.08342, sections 2.1-2.2 (affine and symmetric grids);
-Banner et al., arXiv 1810.05723, section 3 (clipping that minimizes the squared error), searched
+Banner et al., arXiv 1810.05723 (clipping that minimizes the squared error), searched
 here rather than derived from an assumed distribution; ZeroQuant, arXiv 2206.01861, section 4.1
 (group-wise weights, token-wise activations).
 
@@ -112,7 +112,7 @@ def fit_grid(grouped: Tensor, bits: int, symmetric: bool = False, clip: str | No
     ValueError
         for bits, clip or numbers out of range.
 
-    Source: arXiv 1806.08342, section 2; the search, arXiv 1810.05723, section 3.
+    Source: arXiv 1806.08342, section 2; the search, arXiv 1810.05723.
 
     >>> grid = fit_grid(torch.tensor([[-1.0, 0.0, 2.0]]), bits=2)
     >>> grid.scale.item(), grid.zero.item()

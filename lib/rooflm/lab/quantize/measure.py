@@ -68,6 +68,16 @@ def row_sqnr(x: Tensor, kept: Tensor) -> Tensor:
     return 10 * torch.log10(x.double().square().sum(-1) / noise)
 
 
+def sqnr_after(weights: Iterable[Tensor], quantize: Callable[[Tensor], Tensor]) -> float:
+    """The `sqnr` of several weights taken together, after a function has changed each."""
+    energy = noise = 0.0
+    for weight in weights:  # one at a time: what is small stays near the core
+        kept = quantize(weight).double()
+        energy += weight.double().square().sum().item()
+        noise += (weight.double() - kept).square().sum().item()
+    return 10 * math.log10(energy / noise) if noise else math.inf
+
+
 def format_cost(weights: Iterable[Tensor], name: str) -> tuple[float, float]:
     """What a number format stores of some weights, and how close it stays to them.
 
@@ -81,11 +91,15 @@ def format_cost(weights: Iterable[Tensor], name: str) -> tuple[float, float]:
     tuple of float
         stored bits per weight, scales counted, and the `sqnr` in decibels.
     """
-    held = [(weight, store(weight, name)) for weight in weights]
-    bits = 8 * sum(kept.bytes for _, kept in held) / sum(w.numel() for w, _ in held)
-    before = torch.cat([weight.flatten() for weight, _ in held])
-    after = torch.cat([kept.values.flatten() for _, kept in held])
-    return bits, sqnr(before, after)
+    weights, size_of = list(weights), []
+
+    def keep(weight: Tensor) -> Tensor:
+        kept = store(weight, name)
+        size_of.append(kept.bytes)
+        return kept.values
+
+    found = sqnr_after(weights, keep)
+    return 8 * sum(size_of) / sum(weight.numel() for weight in weights), found
 
 
 def crest(x: Tensor) -> Tensor:
@@ -104,7 +118,7 @@ def normal_error(levels: Tensor) -> float:
     ----------
     levels : (levels,), rising.
 
-    Source: Max, 1960, eq. 1.
+    Source: Max, 1960.
 
     >>> round(normal_error(torch.tensor([-0.7979, 0.7979])), 4)  # 1 - 2/pi
     0.3634
@@ -186,7 +200,7 @@ def lloyd_max(count: int, iterations: int = 10_000) -> Tensor:
     Tensor
         (count,), rising, float64.
 
-    Source: Max, 1960, eq. 4 and 5.
+    Source: Max, 1960.
 
     >>> lloyd_max(4)
     tensor([-1.5104, -0.4528,  0.4528,  1.5104], dtype=torch.float64)

@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rooflm.lab.quantize import binary, codebook, codecs, gptq, grids, sensitive
 from rooflm.lab.quantize.awq import awq
 from rooflm.lab.quantize.billm import billm
 from rooflm.lab.quantize.calibrate import InputStatistics
+from rooflm.lab.quantize.salient import keep_salient
 from rooflm.roofline.numeric import shorten, unknown
 
 # Where the scale of a rounded input comes from.
@@ -40,7 +42,7 @@ class Recipe:
     clip : None for the full range, "mse" for the range of least squared error; AWQ also knows
         "output", the range of least output error.
     act_order : GPTQ alone: columns of large inputs first.
-    keep : share of the weights that owq, spqr and pb-llm keep in higher precision.
+    keep : share of the weights that salient, owq, spqr and pb-llm keep in higher precision.
     number_format : for method "format", a name that `rooflm.load_format` knows.
     rotate : rotate the model by random Hadamard matrices first.
     activations : bits of every linear layer's input; 16 for none.
@@ -48,6 +50,7 @@ class Recipe:
     per : of the inputs' scales: "token" or "tensor" (dynamic: one for each token, one for all of
         a batch), or "static" (one for all, from calibration).
     smooth : strength of SmoothQuant, applied first; None for none.
+    control : the method without what it knows, to set beside it; `Method.control` says how.
     """
 
     method: str = "gptq"
@@ -63,6 +66,7 @@ class Recipe:
     seed: int = 0
     per: str = "token"
     smooth: float | None = None
+    control: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -71,6 +75,9 @@ class Recipe:
             raise ValueError(f"bits is {shorten(self.bits)}; allowed: a whole number from 2 to 8")
         if self.activations not in (*range(2, 9), 16):
             raise ValueError(f"activations is {self.activations}; allowed: 2 to 8, or 16 for none")
+        if self.control and not METHODS[self.method].control:
+            allowed = ", ".join(name for name, method in METHODS.items() if method.control)
+            raise ValueError(f"control is given for {self.method}; allowed for: {allowed}")
         clips = (None, "mse", "output") if self.method == "awq" else (None, "mse")
         if self.clip not in clips:
             raise unknown("clip", self.clip, [str(clip) for clip in clips])
@@ -113,12 +120,14 @@ class Method(NamedTuple):
     quantize : (weight, knowledge, recipe) to what is stored.
     inputs, fisher : whether it needs to know the inputs, the Fisher information.
     about : one line.
+    control : what `Recipe.control` puts in place of the method's knowledge; "" where it has none.
     """
 
     quantize: Callable[[Tensor, Knowledge, Recipe], Stored]
     inputs: bool
     fisher: bool
     about: str
+    control: str = ""
 
 
 def _uniform_bits(weight: Tensor, recipe: Recipe) -> float:
@@ -146,27 +155,40 @@ def _gptq(weight: Tensor, known: Knowledge, r: Recipe) -> Stored:
 
 def _awq(weight: Tensor, known: Knowledge, r: Recipe) -> Stored:
     assert known.inputs is not None
-    magnitude = known.inputs.mean_abs
-    found = awq(weight, _hessian(known), magnitude, r.bits, r.group, r.symmetric, clip=r.clip)
+    magnitude, alpha = known.inputs.mean_abs, 0.5 if r.control else None
+    found = awq(
+        weight, _hessian(known), magnitude, r.bits, r.group, r.symmetric, alpha, clip=r.clip
+    )
     return Stored(found.weight, _uniform_bits(weight, r))
+
+
+def _salient(weight: Tensor, known: Knowledge, r: Recipe) -> Stored:
+    assert known.inputs is not None
+    chosen = "random" if r.control else "inputs"
+    found = keep_salient(weight, known.inputs.mean_abs, r.bits, r.group, r.keep, chosen, r.seed)
+    return Stored(found.weight, found.bits_per_weight)
 
 
 def _owq(weight: Tensor, known: Knowledge, r: Recipe) -> Stored:
     columns = round(r.keep * weight.shape[1])
     found = sensitive.keep_columns(
-        weight, _hessian(known), r.bits, columns, r.group, r.symmetric, seed=r.seed, clip=r.clip
-    )
+        weight, _hessian(known), r.bits, columns, r.group, r.symmetric,
+        chosen=_choice(r), seed=r.seed, clip=r.clip,
+    )  # fmt: skip
     return Stored(found.weight, found.bits_per_weight)
 
 
 def _spqr(weight: Tensor, known: Knowledge, r: Recipe) -> Stored:
-    found = sensitive.spqr(weight, _hessian(known), r.bits, r.group or 16, r.keep, seed=r.seed)
+    found = sensitive.spqr(
+        weight, _hessian(known), r.bits, r.group or 16, r.keep, chosen=_choice(r), seed=r.seed
+    )
     return Stored(found.weight, found.bits_per_weight)
 
 
 def _squeezellm(weight: Tensor, known: Knowledge, r: Recipe) -> Stored:
     assert known.fisher is not None
-    found = codebook.squeezellm(weight, known.fisher, r.bits)
+    importance = torch.ones_like(known.fisher) if r.control else known.fisher
+    found = codebook.squeezellm(weight, importance, r.bits)
     return Stored(found.weight, found.bits_per_weight)
 
 
@@ -181,7 +203,8 @@ def _ternary(weight: Tensor, known: Knowledge, r: Recipe) -> Stored:
 
 
 def _pb_llm(weight: Tensor, known: Knowledge, r: Recipe) -> Stored:
-    found = binary.pb_llm(weight, r.keep, "hessian", _hessian(known), r.group, seed=r.seed)
+    criterion = "random" if r.control else "hessian"
+    found = binary.pb_llm(weight, r.keep, criterion, _hessian(known), r.group, seed=r.seed)
     return Stored(found.weight, found.bits)
 
 
@@ -195,6 +218,10 @@ def _llm_int8(weight: Tensor, known: Knowledge, r: Recipe) -> Stored:
     return Stored(weight, 8 + 16 / weight.shape[1])
 
 
+def _choice(recipe: Recipe) -> str:
+    return "random" if recipe.control else "sensitive"
+
+
 def _hessian(known: Knowledge) -> Tensor:
     assert known.inputs is not None
     return known.inputs.hessian
@@ -204,13 +231,29 @@ METHODS: Mapping[str, Method] = {
     "round": Method(_round, False, False, "round to nearest"),
     "format": Method(_format, False, False, "round to a named number format"),
     "gptq": Method(_gptq, True, False, "GPTQ: round column by column, the rest compensates"),
-    "awq": Method(_awq, True, False, "AWQ: scale up the channels of large inputs, then round"),
-    "owq": Method(_owq, True, False, "OWQ: GPTQ, with the most sensitive columns in FP16"),
-    "spqr": Method(_spqr, True, False, "SpQR: small groups, with the outlying weights in FP16"),
-    "squeezellm": Method(_squeezellm, False, True, "SqueezeLLM: a weighted codebook for each row"),
+    "salient": Method(
+        _salient, True, False, "round, with the channels of large inputs in FP16", "random channels"
+    ),
+    "awq": Method(
+        _awq, True, False, "AWQ: scale up the channels of large inputs, then round",
+        "the exponent 1/2 for every layer",
+    ),
+    "owq": Method(
+        _owq, True, False, "OWQ: GPTQ, with the most sensitive columns in FP16", "random columns"
+    ),
+    "spqr": Method(
+        _spqr, True, False, "SpQR: small groups, with the outlying weights in FP16",
+        "random weights",
+    ),
+    "squeezellm": Method(
+        _squeezellm, False, True, "SqueezeLLM: a weighted codebook for each row",
+        "every weight counts alike",
+    ),
     "binary": Method(_binary, False, False, "signs times one scale"),
     "ternary": Method(_ternary, False, False, "-1, 0 or 1 times one scale"),
-    "pb-llm": Method(_pb_llm, True, False, "PB-LLM: binary, with salient weights at 8 bits"),
+    "pb-llm": Method(
+        _pb_llm, True, False, "PB-LLM: binary, with salient weights at 8 bits", "random weights"
+    ),
     "billm": Method(_billm, True, False, "BiLLM: binary twice where it counts, else in two sets"),
     "llm-int8": Method(_llm_int8, False, False, "LLM.int8(): 8 bits but for outlier columns"),
-}
+}  # fmt: skip

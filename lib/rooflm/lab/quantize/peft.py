@@ -98,7 +98,7 @@ def loftq_init(
     ValueError
         for a rank or iterations out of range.
 
-    Source: LoftQ, arXiv 2310.08659, section 3.2, eq. 6-8, algorithm 1.
+    Source: LoftQ, arXiv 2310.08659, eq. 6-8 (sections 3.1 and 3.2), algorithm 1.
     """
     to_groups(weight, 0)  # refuses what is no matrix
     check_rank(rank, *weight.shape)

@@ -17,7 +17,7 @@ token; keys are rounded before RoPE and a token's heads share a scale, as its re
 The released code of LLM-QAT drops the gradient of every number of magnitude 2 or more, although
 its forward pass clips nothing; here the rule above holds.
 
-Sources: straight-through estimator, arXiv 1308.3432, section 3; LSQ, arXiv 1902.08153, section 2
+Sources: straight-through estimator, arXiv 1308.3432; LSQ, arXiv 1902.08153, section 2
 (eq. 3, and the gradient's scale and the initial step, section 2.2 and 2.1); LLM-QAT, arXiv
 2305.17888, "Quantization-aware training".
 

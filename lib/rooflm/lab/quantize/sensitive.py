@@ -14,7 +14,7 @@ stored: codes, scales, zero points, kept values, indices.
 The paper picks SpQR's outliers group by group, by a threshold, while it sweeps; here a given
 share is picked beforehand over the whole layer, so that a control can keep as many.
 
-Sources: OWQ, arXiv 2306.02272, section 3; SpQR, arXiv 2306.03078, section 3.1, eq. 2, and
+Sources: OWQ, arXiv 2306.02272; SpQR, arXiv 2306.03078, section 3.1, eq. 2, and
 section 4, algorithm 1.
 
 Chapter: quantization methods.
@@ -96,7 +96,7 @@ def keep_columns(
     ValueError
         for arguments out of range.
 
-    Source: arXiv 2306.02272, section 3.
+    Source: OWQ, arXiv 2306.02272.
     """
     check_hessian(hessian, weight)
     d_out, d_in = weight.shape
@@ -139,7 +139,7 @@ def column_sensitivity(
     Tensor
         (d_in,).
 
-    Source: arXiv 2306.02272, section 3, the sensitivity of a weight column.
+    Source: OWQ, arXiv 2306.02272, the sensitivity of a weight column.
     """
     grouped = to_groups(weight.double(), group)
     error = grouped - project(grouped, fit_grid(grouped, bits, symmetric, clip))

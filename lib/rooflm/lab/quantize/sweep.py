@@ -3,7 +3,7 @@
     python -m rooflm.lab.quantize.sweep
     python -m rooflm.lab.quantize.sweep --model smollm2
 
-measure a hundred variants of the teacher, and a dozen of SmolLM2, on *Persuasion* and write a row
+measure 130 variants of the teacher, and twenty of SmolLM2, on *Persuasion* and write a row
 for each into `data/measurements/quantization_map.csv`. A row that is there is not measured again,
 so that an interrupted run goes on when the same command is given. A file whose rows are of
 another checkpoint or length is refused.
@@ -70,6 +70,7 @@ def variants(name: str = "teacher") -> list[Recipe]:
     both += [replace(eight, smooth=0.5, per=x) for x in ("token", "static")]
     if name == SMOLLM2:
         few = [Recipe("round", bits, group) for bits in low for group in (0, 64)]
+        few += [Recipe(x, 3, 64, control=c) for x in ("salient", "awq") for c in (False, True)]
         return [Recipe("round", 8), *few, Recipe("gptq", 3), Recipe("gptq", 3, 64), *both]
     rounded = [Recipe("round", bits, group) for group in (0, 64) for bits in (8, 6, 5, *low)]
     rounded += [Recipe("round", bits, group, clip="mse") for group in (0, 64) for bits in low]
@@ -82,12 +83,17 @@ def variants(name: str = "teacher") -> list[Recipe]:
     awq += [Recipe("awq", bits, 64, clip="output") for bits in low]
     kept = [Recipe(name, bits, group) for name, group in (("owq", 0), ("spqr", 16)) for bits in low]
     books = [Recipe("squeezellm", bits) for bits in low]
+    salient = [Recipe("salient", *x) for x in rows_and_groups]
+    eights = [Recipe(x, 8) for x in ("gptq", "awq", "salient", "owq")] + [Recipe("spqr", 8, 16)]
     turned = [Recipe(name, *x, rotate=True) for name in ("round", "gptq") for x in rows_and_groups]
     tiny = [Recipe(name, group=group) for name in ("binary", "ternary") for group in (0, 64)]
     tiny += [Recipe("pb-llm", group=128, keep=0.1), Recipe("billm", group=128)]
+    tried = [*awq[:6], *kept, *books, *salient, tiny[-2]]
+    controls = [replace(recipe, control=True) for recipe in tried]
     four = [Recipe(x, 4, 64, activations=a) for x in ("round", "gptq") for a in (8, 4)]
     both += four + [replace(x, rotate=True) for x in four]
-    return [*rounded, *formats, *gptq, *awq, *kept, *books, *turned, *tiny, *both]
+    rest = [*salient, *eights, *controls]
+    return [*rounded, *formats, *gptq, *awq, *kept, *books, *turned, *tiny, *both, *rest]
 
 
 def load_map(name: str | Path = "teacher", path: Path | None = None) -> list[dict[str, Any]]:
