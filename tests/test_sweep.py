@@ -159,19 +159,19 @@ def test_an_interrupted_sweep_goes_on_and_ends_at_the_same_rows(
     folder, few, tmp_path, capsys, monkeypatch
 ):
     assert sweep.main(arguments(folder, tmp_path / "whole.csv")) == 0
-    write, written = sweep.write_whole, []
+    write, written = sweep.write_rows, []
 
-    def interrupted(path, content):
-        write(path, content)
+    def interrupted(path, columns, rows):
+        write(path, columns, rows)
         written.append(path)
         if len(written) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "write_whole", interrupted)
+    monkeypatch.setattr(sweep, "write_rows", interrupted)
     assert sweep.main(arguments(folder, tmp_path / "parts.csv")) == 130
     assert "goes on" in capsys.readouterr().err
     assert len(without_time(tmp_path / "parts.csv")) == 2
-    monkeypatch.setattr(sweep, "write_whole", write)
+    monkeypatch.setattr(sweep, "write_rows", write)
     assert sweep.main(arguments(folder, tmp_path / "parts.csv")) == 0
     assert "2/2  round 4 bits" in capsys.readouterr().out  # two were left
     assert without_time(tmp_path / "parts.csv") == without_time(tmp_path / "whole.csv")

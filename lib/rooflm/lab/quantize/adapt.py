@@ -63,14 +63,13 @@ from rooflm.lab.quantize.ledger import (
     TRAINED_SHARE,
     WINDOW,
     Run,
-    check_rows,
     find_rows,
     label,
     runs,
 )
 from rooflm.lab.quantize.methods import Recipe
 from rooflm.lab.quantize.qat import frozen, quantization_aware
-from rooflm.lab.quantize.rows import Row, read_rows, write_rows
+from rooflm.lab.quantize.rows import Row, check_rows, read_rows, write_rows
 from rooflm.roofline.datafiles import data_path
 from rooflm.roofline.formats import load_format
 from rooflm.roofline.numeric import unknown

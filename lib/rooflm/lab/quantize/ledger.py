@@ -24,7 +24,7 @@ from rooflm.lab import text
 from rooflm.lab.estimates import Estimate
 from rooflm.lab.evaluate import BlockSums, Comparison, Evaluation, compare, summarize
 from rooflm.lab.quantize.bench import checkpoint_digest
-from rooflm.lab.quantize.rows import Columns, Row, read_rows
+from rooflm.lab.quantize.rows import Columns, Row, check_rows, read_rows
 from rooflm.roofline.datafiles import data_path
 from rooflm.roofline.numeric import unknown
 
@@ -208,23 +208,6 @@ def label(row: Mapping[str, Any]) -> str:
     words += [row["text"], f"seed {row['seed']}" if row["steps"] else ""]
     words += [row["served"]] if row["served"] != SERVED[0] else []
     return " ".join(filter(None, words))
-
-
-def check_rows(
-    path: Path, rows: Iterable[Row], name: str, digest: str, tokens: int | None = None
-) -> None:
-    """Refuse, with a ValueError, rows of another checkpoint or measured on other tokens."""
-    for row in (row for row in rows if row["model"] == name):
-        if row["checkpoint"] != digest:
-            raise ValueError(
-                f"{path.name} holds rows of checkpoint {row['checkpoint']}, not {digest}; "
-                "give --fresh to measure all anew"
-            )
-        if tokens not in (None, row["tokens"]):
-            raise ValueError(
-                f"{path.name} holds rows measured on {row['tokens']} tokens, not {tokens}; "
-                "give --fresh to measure all anew"
-            )
 
 
 def _evaluation(row: Row, name: str) -> Evaluation:

@@ -3,7 +3,7 @@
 A column has a type: str, int or float; an empty cell of a number is None. What is read is
 checked; what is written goes to a temporary file first.
 
-Chapter: quantized fine-tuning.
+Chapter: quantization methods.
 """
 
 from __future__ import annotations
@@ -55,6 +55,23 @@ def write_rows(path: Path, columns: Columns, rows: Iterable[Row]) -> None:
         writer.writerow([f"{x:.7g}" if isinstance(x, float) else x for x in cells])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, out.getvalue().encode("utf-8"))
+
+
+def check_rows(
+    path: Path, rows: Iterable[Row], name: str, digest: str, tokens: int | None = None
+) -> None:
+    """Refuse, with a ValueError, rows of another checkpoint or measured on other tokens."""
+    for row in (row for row in rows if row["model"] == name):
+        if row["checkpoint"] != digest:
+            raise ValueError(
+                f"{path.name} holds rows of checkpoint {row['checkpoint']}, not {digest}; "
+                "give --fresh to measure all anew"
+            )
+        if tokens not in (None, row["tokens"]):
+            raise ValueError(
+                f"{path.name} holds rows measured on {row['tokens']} tokens, not {tokens}; "
+                "give --fresh to measure all anew"
+            )
 
 
 def _typed(row: Mapping[str, Any], columns: Columns) -> Row:

@@ -19,8 +19,6 @@ Chapter: quantization methods.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -42,7 +40,7 @@ from rooflm.lab.quantize.bench import (
     make_bench,
 )
 from rooflm.lab.quantize.methods import METHODS, Recipe
-from rooflm.lab.stored import write_whole
+from rooflm.lab.quantize.rows import Columns, Row, check_rows, read_rows, write_rows
 from rooflm.roofline.datafiles import data_path
 
 MAP = ("measurements", "quantization_map.csv")
@@ -51,14 +49,19 @@ _COMMAND = "python -m rooflm.lab.quantize.sweep"
 _SMOLLM2_TOKENS = 4096  # twenty-five times the teacher's work for each
 # Their bits are not chosen.
 _OWN_BITS = ("format", "binary", "ternary", "pb-llm", "billm", "llm-int8")
-_TEXTS = ("model", "checkpoint", "method", "options", "date", "torch")
-_WHOLE = ("bits", "group", "tokens")
 _NUMBERS = (
     "bits_per_weight", "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high",
     "difference", "difference_low", "difference_high", "perplexity", "agreement", "divergence",
     "seconds",
 )  # fmt: skip
-COLUMNS = (*_TEXTS[:3], *_WHOLE[:2], "options", *_NUMBERS, "tokens", "date", "torch")
+COLUMNS: Columns = {
+    **dict.fromkeys(("model", "checkpoint", "method"), str),
+    **dict.fromkeys(("bits", "group"), int),
+    "options": str,
+    **dict.fromkeys(_NUMBERS, float),
+    "tokens": int,
+    **dict.fromkeys(("date", "torch"), str),
+}
 
 
 def variants(name: str = "teacher") -> list[Recipe]:
@@ -96,7 +99,7 @@ def variants(name: str = "teacher") -> list[Recipe]:
     return [*rounded, *formats, *gptq, *awq, *kept, *books, *turned, *tiny, *both, *rest]
 
 
-def load_map(name: str | Path = "teacher", path: Path | None = None) -> list[dict[str, Any]]:
+def load_map(name: str | Path = "teacher", path: Path | None = None) -> list[Row]:
     """The rows of a model, numbers as numbers.
 
     Parameters
@@ -110,10 +113,10 @@ def load_map(name: str | Path = "teacher", path: Path | None = None) -> list[dic
         in one line: the file is missing or altered, or holds no rows of this checkpoint.
     """
     path = path or data_path(*MAP)
-    rows = [row for row in _read(path) if row["model"] == Path(name).name]
+    rows = [row for row in read_rows(path, COLUMNS, _COMMAND) if row["model"] == Path(name).name]
     if not rows:
         raise ValueError(f"{path.name} has no rows of {name}; {_COMMAND} --model {name} makes them")
-    _check_rows(path, rows, Path(name).name, checkpoint_digest(name))
+    check_rows(path, rows, Path(name).name, checkpoint_digest(name))
     return rows
 
 
@@ -161,11 +164,11 @@ def sweep(
     fresh : drop the rows that the file holds of this model, once the first new one is there.
     say : receives a line of progress.
     """
-    rows = _read(path) if path.exists() else []
+    rows = read_rows(path, COLUMNS, _COMMAND) if path.exists() else []
     if fresh:
         rows = [row for row in rows if row["model"] != name]
     tokens = int(bench.full.blocks.tokens.sum())
-    _check_rows(path, rows, name, digest, tokens)
+    check_rows(path, rows, name, digest, tokens)
     done = {_key(row) for row in rows if row["model"] == name}
     missing = [r for r in (None, *recipes) if _key(_names(r)) not in done]
     begin = time.monotonic()
@@ -173,8 +176,7 @@ def sweep(
         row = {"model": name, "checkpoint": digest, **_names(recipe), **_measured(bench, recipe)}
         row |= {"tokens": tokens, "date": date.today().isoformat(), "torch": torch.__version__}
         rows.append(row)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, _csv(rows).encode("utf-8"))
+        write_rows(path, COLUMNS, rows)
         left = (time.monotonic() - begin) / (i + 1) * (len(missing) - i - 1)
         say(
             f"{i + 1}/{len(missing)}  {label(row)}: {row['bits_per_weight']:.3g} bits, "
@@ -225,58 +227,6 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("method", "bits", "group", "options"))
 
 
-def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        cells = ("" if row[name] is None else row[name] for name in COLUMNS)
-        writer.writerow([f"{x:.6g}" if isinstance(x, float) else x for x in cells])
-    return out.getvalue()
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    try:
-        content = path.read_text(encoding="utf-8")
-        reader = csv.DictReader(io.StringIO(content), strict=True)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
-        return [_typed(row) for row in reader]
-    except OSError as error:
-        raise ValueError(
-            f"cannot read {path.name}: {error.strerror}; {_COMMAND} makes it"
-        ) from None
-    except (ValueError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path.name} is altered: {error}; restore or delete it") from None
-
-
-def _typed(row: Mapping[str, str]) -> dict[str, Any]:
-    typed: dict[str, Any] = {name: row[name] for name in _TEXTS}
-    typed |= {name: int(row[name]) if row[name] else None for name in _WHOLE}
-    typed |= {name: float(row[name]) for name in _NUMBERS}
-    return {name: typed[name] for name in COLUMNS}
-
-
-def _check_rows(
-    path: Path,
-    rows: Iterable[Mapping[str, Any]],
-    name: str,
-    digest: str,
-    tokens: int | None = None,
-) -> None:
-    for row in (row for row in rows if row["model"] == name):
-        if row["checkpoint"] != digest:
-            raise ValueError(
-                f"{path.name} holds rows of checkpoint {row['checkpoint']}, not {digest}; "
-                "give --fresh to measure all anew"
-            )
-        if tokens not in (None, row["tokens"]):
-            raise ValueError(
-                f"{path.name} holds rows measured on {row['tokens']} tokens, not {tokens}; "
-                "give --fresh to measure all anew"
-            )
-
-
 def _say(line: str) -> None:
     print(line, flush=True)
 
@@ -308,7 +258,9 @@ def main(given: list[str] | None = None) -> int:
     try:
         digest = checkpoint_digest(a.model)
         if path.exists() and not a.fresh:  # before the minute of calibration
-            _check_rows(path, _read(path), name, digest, tokens // WINDOW * WINDOW)
+            check_rows(
+                path, read_rows(path, COLUMNS, _COMMAND), name, digest, tokens // WINDOW * WINDOW
+            )
         recipes = [r for r in variants(name) if a.method in (None, r.method)]
         bench = make_bench(a.model, tokens)
         sweep(bench, recipes, path, name, digest, a.fresh, _say)
