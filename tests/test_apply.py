@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import rooflm
 from rooflm.lab.checkpoints import load_checkpoint, save_checkpoint
-from rooflm.lab.model import Config, Transformer, rope_table
+from rooflm.lab.model import Config, Rope, Transformer
 from rooflm.lab.quantize import __main__ as command
 from rooflm.lab.quantize import binary, codecs, grids, salient, sensitive
 from rooflm.lab.quantize.apply import RoundedInput, gather_knowledge, quantize_model
@@ -64,7 +64,7 @@ def fisher_by_hand(model, rows):
     return found
 
 
-def block_inputs(block, states, table):
+def block_inputs(block, states, rope):
     """What each linear layer of a block reads: (tokens, d_in), by its name."""
     found, hooks = {}, []
     for name in LINEARS:
@@ -73,7 +73,7 @@ def block_inputs(block, states, table):
             found.setdefault(name, []).append(given[0].flatten(0, -2))
 
         hooks.append(getattr(block, name).register_forward_pre_hook(note))
-    block(states, table, None)
+    block(states, rope, None)
     for hook in hooks:
         hook.remove()
     return {name: torch.cat(parts) for name, parts in found.items()}
@@ -82,14 +82,14 @@ def block_inputs(block, states, table):
 def by_hand(model, rows, quantize, sequential=True):
     """Every weight quantized by `quantize(weight, inputs, fisher)`; the model's copy."""
     result, fisher = copy.deepcopy(model), fisher_by_hand(model, rows)
-    table = rope_table(torch.arange(rows.shape[1]), CONFIG.head_dim, CONFIG.rope_base)
+    rope = Rope(CONFIG.head_dim, CONFIG.rope_base)
     states = result.embedding(rows)
     for i, block in enumerate(result.layers):
-        inputs, before = block_inputs(block, states, table), block(states, table, None)
+        inputs, before = block_inputs(block, states, rope), block(states, rope, None)
         for name in LINEARS:
             weight = getattr(block, name).weight
             weight.copy_(quantize(weight.clone(), inputs[name], fisher[i, name]))
-        states = block(states, table, None) if sequential else before
+        states = block(states, rope, None) if sequential else before
     return result
 
 
@@ -241,8 +241,8 @@ def test_a_static_scale_is_that_of_the_largest_input_of_calibration(model):
         quantize_model(model, recipe, ROWS).model,
         quantize_model(model, recipe, knowledge=gather_knowledge(model, ROWS)).model,
     ):
-        table = rope_table(torch.arange(ROWS.shape[1]), CONFIG.head_dim, CONFIG.rope_base)
-        seen = block_inputs(model.layers[0], model.embedding(ROWS), table)
+        rope = Rope(CONFIG.head_dim, CONFIG.rope_base)
+        seen = block_inputs(model.layers[0], model.embedding(ROWS), rope)
         layer = found.layers[0].up_proj
         assert layer.scale.item() == pytest.approx(seen["up_proj"].abs().max().item() / 127, 1e-3)
         far = torch.full((1, 32), 1e6)  # saturates, and does not move the scale

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rooflm.lab.estimates import Estimate, ratio_estimate, share_estimate
-from rooflm.lab.model import Transformer
+from rooflm.lab.model import Cache, Transformer
 from rooflm.roofline.numeric import size, unknown
 
 MEASURES = ("bits_per_byte", "perplexity", "agreement", "divergence")
@@ -136,6 +136,8 @@ def evaluate(
     window: int,
     reference: Transformer | Reference | None = None,
     batch: int = 8,
+    cache: Callable[[], Cache] | None = None,
+    chunk: int = 64,
 ) -> Evaluation:
     """Perplexity, bits per byte, agreement with a reference and divergence from it.
 
@@ -147,6 +149,8 @@ def evaluate(
     token_bytes : (vocab,), the bytes that each token stands for, as of `text.token_bytes`.
     reference : the full-precision model, or what `prepare_reference` kept of it.
     batch : blocks at once.
+    cache : makes an empty KV cache; every block is then read through one, `chunk` tokens at a
+        time, so that a cache that rounds or drops does so between the chunks of a block.
 
     Raises
     ------
@@ -169,7 +173,7 @@ def evaluate(
         raise ValueError("the reference was prepared on another text or with another window")
 
     losses, agreed, divergences = [], [], []
-    for place, states, following in _pieces(model, rows, batch):
+    for place, states, following in _pieces(model, rows, batch, cache, chunk):
         logs = model.logits(states).log_softmax(-1)
         losses.append(-logs.gather(-1, following[:, None])[:, 0])
         if known is not None:
@@ -281,12 +285,36 @@ def _rows(model: Transformer, tokens: Tensor, window: int, batch: int, smallest:
     return tokens.unfold(0, window + 1, window)
 
 
-def _pieces(model: Transformer, rows: Tensor, batch: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def read_through(model: Transformer, tokens: Tensor, cache: Cache, chunk: int) -> Tensor:
+    """The states of a text that enters through a cache, `chunk` tokens a pass.
+
+    Parameters
+    ----------
+    tokens : (batch, tokens).
+
+    Returns
+    -------
+    Tensor
+        (batch, tokens, hidden), the residual stream after the last block.
+    """
+    parts = tokens.split(size("chunk", chunk), dim=1)
+    return torch.cat([model.states(part, cache) for part in parts], dim=1)
+
+
+def _pieces(
+    model: Transformer,
+    rows: Tensor,
+    batch: int,
+    cache: Callable[[], Cache] | None = None,
+    chunk: int = 64,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """A few positions at a time: where they stand, (positions, hidden) and the next tokens."""
     at_once = max(1, _LOGITS_AT_ONCE // model.config.vocab)
     start = 0
     for part in rows.split(batch):
-        states = model.states(part[:, :-1]).flatten(0, 1)
+        text = part[:, :-1]
+        read = model.states(text) if cache is None else read_through(model, text, cache(), chunk)
+        states = read.flatten(0, 1)
         following = part[:, 1:].flatten()
         for i in range(0, len(states), at_once):
             length = len(states[i : i + at_once])

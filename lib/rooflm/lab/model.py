@@ -5,9 +5,10 @@ biases, the head tied to the embedding: the architecture that `rooflm.analyze` p
 the same operator names. `model.layers[3].q_proj` is an `nn.Linear` that may be replaced by
 anything that maps (…, d_in) to (…, d_out); that is how a technique enters.
 
-The KV cache is an object that is handed in. A cache has a `length` (positions held) and one
-method, `extend(layer, keys, values)`, which takes the new positions' keys and values, both
-(batch, kv_heads, new_tokens, head_dim), and returns all that attention shall read.
+The KV cache is an object that is handed in, and it does the attention: what is kept, in which
+format, at which positions and for how long is its business. A cache has a `length` (tokens seen),
+`nbytes` (what it keeps of them) and one method, `attend(layer, queries, keys, values, rope)`,
+which takes the new positions' queries, keys and values before any rotation.
 
 Rotary pairs are neighbours, (0, 1), (2, 3), …, as in the paper; a checkpoint of the Hugging
 Face convention, whose pairs lie half a head apart, must have its q and k rows permuted first.
@@ -127,15 +128,68 @@ class Config:
         return config
 
 
+class Rope:
+    """Rotary positions: turns queries and keys by the angles of their positions.
+
+    Parameters
+    ----------
+    head_dim : width of a head.
+    base : of the frequencies base^(-2 i / head_dim), i = 0 ... head_dim / 2 - 1.
+
+    Source: RoPE, arXiv 2104.09864, section 3.2.2, eq. 15.
+    """
+
+    def __init__(self, head_dim: int, base: float) -> None:
+        self.head_dim, self.base = head_dim, base
+        none = torch.empty(0, head_dim // 2, device="cpu")  # also where a model is made on "meta"
+        self._table = none, none
+
+    def __call__(self, x: Tensor, start: int = 0) -> Tensor:
+        """Turn (…, tokens, head_dim), whose first token stands at position `start`."""
+        stop = start + x.shape[-2]
+        self._reach(stop)
+        return rotate(x, tuple(t[start:stop].to(x.device) for t in self._table))
+
+    def at(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Turn (…, tokens, head_dim) at positions of any shape that broadcasts to (…, tokens)."""
+        self._reach(int(positions.max()) + 1 if positions.numel() else 0)
+        return rotate(x, tuple(t[positions.cpu()].to(x.device) for t in self._table))
+
+    def _reach(self, stop: int) -> None:
+        known = len(self._table[0])
+        if stop > known:  # the angles of all positions, once; they grow by doubling
+            positions = torch.arange(max(stop, 2 * known, 64))
+            self._table = rope_table(positions, self.head_dim, self.base)
+
+
 class Cache(Protocol):
     """What a KV cache offers."""
 
     @property
     def length(self) -> int:
-        """Positions held, the same for all layers between two passes."""
+        """Tokens seen, kept or not: the position of the next one, between two passes."""
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Take new positions; return the keys and values that attention shall read."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept in all layers, scales and parts in full precision included."""
+
+    def attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, rope: Rope
+    ) -> Tensor:
+        """Take in new positions and return attention's output for them.
+
+        Parameters
+        ----------
+        layer : the layers of a pass come in order, 0 first.
+        queries : (batch, heads, new_tokens, head_dim), before rotation.
+        keys, values : (batch, kv_heads, new_tokens, head_dim), before rotation.
+        rope : turns them; the first new token stands at position `length`.
+
+        Returns
+        -------
+        Tensor
+            (batch, heads, new_tokens, head_dim); a token sees itself and what is before it.
+        """
 
 
 class FullCache:
@@ -151,8 +205,22 @@ class FullCache:
         """Positions held."""
         return self._filled[-1] if self._filled else 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the positions held; the buffers' free rows are not counted."""
+        pairs = zip(self._keys, self._values, self._filled, strict=True)
+        return sum((k[:, :, :n].nbytes + v[:, :, :n].nbytes) for k, v, n in pairs)
+
+    def attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, rope: Rope
+    ) -> Tensor:
+        """As `Cache.attend`."""
+        start = self._filled[layer] if layer < len(self._filled) else 0
+        all_keys, all_values = self.extend(layer, rope(keys, start), values)
+        return attend(rope(queries, start), all_keys, all_values)
+
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append (batch, kv_heads, new, head_dim); returns views of all positions."""
+        """Append rotated keys and values, (batch, kv_heads, new, head_dim); views of all."""
         if layer == len(self._keys):
             self._keys.append(keys.new_empty(*keys.shape[:2], 0, keys.shape[3]))
             self._values.append(keys.new_empty(*keys.shape[:2], 0, keys.shape[3]))
@@ -181,8 +249,13 @@ def rope_table(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, T
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of neighbours of (…, tokens, head_dim) by its position's angle (eq. 15)."""
+def rotate(x: Tensor, table: tuple[Tensor, ...]) -> Tensor:
+    """Turn each pair of neighbours of (…, tokens, head_dim) by its position's angle (eq. 15).
+
+    Parameters
+    ----------
+    table : cosines and sines, each (…, tokens, head_dim / 2).
+    """
     cos, sin = (t.to(x.dtype) for t in table)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
@@ -218,21 +291,22 @@ class TransformerBlock(nn.Module):
         self.up_proj = nn.Linear(hidden, config.intermediate, bias=False)
         self.down_proj = nn.Linear(config.intermediate, hidden, bias=False)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, cache: Cache | None) -> Tensor:
         """(batch, new_tokens, hidden) to the same shape."""
-        x = x + self.attention(self.attn_norm(x), table, cache)
+        x = x + self.attention(self.attn_norm(x), rope, cache)
         return x + self.mlp(self.mlp_norm(x))
 
-    def attention(self, x: Tensor, table: tuple[Tensor, Tensor], cache: Cache | None) -> Tensor:
+    def attention(self, x: Tensor, rope: Rope, cache: Cache | None) -> Tensor:
         """Causal grouped-query attention over the cached positions and the new ones."""
         b, n, _ = x.shape
         h, g, d = self.config.heads, self.config.kv_heads, self.config.head_dim
-        q = rotate(self.q_proj(x).view(b, n, h, d).transpose(1, 2), table)
-        k = rotate(self.k_proj(x).view(b, n, g, d).transpose(1, 2), table)
+        q = self.q_proj(x).view(b, n, h, d).transpose(1, 2)
+        k = self.k_proj(x).view(b, n, g, d).transpose(1, 2)
         v = self.v_proj(x).view(b, n, g, d).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.extend(self.index, k, v)
-        y = attend(q, k, v)
+        if cache is None:
+            y = attend(rope(q), rope(k), v)
+        else:
+            y = cache.attend(self.index, q, k, v, rope)
         return self.o_proj(y.transpose(1, 2).reshape(b, n, h * d))
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -240,13 +314,15 @@ class TransformerBlock(nn.Module):
         return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Softmax attention; the last query sees every position, the one before it one less.
 
     Parameters
     ----------
     q : (batch, heads, new_tokens, head_dim).
     k, v : (batch, kv_heads, context, head_dim); query head j reads KV head j // (h/g).
+    mask : which positions each query sees, in place of the causal rule: True where it looks;
+        broadcastable to (batch, heads, new_tokens, context).
 
     Returns
     -------
@@ -255,13 +331,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     b, h, n, d = q.shape
     g, context = k.shape[1], k.shape[2]
-    if n == 1:  # the h/g query heads of a KV head become rows, so that it is read once for all
+    if n == 1 and mask is None:  # a KV head's query heads become rows: it is read once for all
         rows = q.reshape(b, g, h // g, d)
         return functional.scaled_dot_product_attention(rows, k, v).reshape(b, h, 1, d)
     k, v = (t.repeat_interleave(h // g, dim=1) if h > g else t for t in (k, v))
-    if n == context:
+    if mask is None and n == context:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    mask = torch.ones(n, context, dtype=torch.bool, device=q.device).tril(context - n)
+    if mask is None:
+        mask = torch.ones(n, context, dtype=torch.bool, device=q.device).tril(context - n)
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -277,6 +354,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.rope = Rope(config.head_dim, config.rope_base)
         self.embedding = nn.Embedding(config.vocab, config.hidden)
         self.layers = nn.ModuleList(TransformerBlock(config, i) for i in range(config.layers))
         self.final_norm = RMSNorm(config.hidden, config.norm_eps)
@@ -304,13 +382,9 @@ class Transformer(nn.Module):
 
     def states(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """The residual stream after the last block, (batch, new_tokens, hidden)."""
-        start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + tokens.shape[1])
-        table = rope_table(positions, self.config.head_dim, self.config.rope_base)
-        table = (table[0].to(tokens.device), table[1].to(tokens.device))
         x = self.embedding(tokens)
         for layer in self.layers:
-            x = layer(x, table, cache)
+            x = layer(x, self.rope, cache)
         return x
 
     def logits(self, states: Tensor) -> Tensor:

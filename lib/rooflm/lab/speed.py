@@ -47,6 +47,8 @@ from rooflm.roofline.hardware import Hardware
 from rooflm.roofline.model import ForwardPass
 from rooflm.roofline.numeric import size
 
+_FILLED_AT_ONCE = 64
+
 FP32 = Precision("fp32", "fp32", "fp32")
 
 
@@ -340,8 +342,13 @@ def _turns(model: Transformer, cold: bool) -> list[Transformer]:
 def _filled(cache: Cache, model: Transformer, batch: int, positions: int) -> Cache:
     """The cache with noise at that many positions."""
     c = model.config
-    if positions:
-        noise = torch.randn(batch, c.kv_heads, positions, c.head_dim)
+    for start in range(0, positions, _FILLED_AT_ONCE):
+        new = min(_FILLED_AT_ONCE, positions - start)
+        noise = torch.randn(batch, c.kv_heads, new, c.head_dim)
+        queries = torch.zeros(batch, c.heads, new, c.head_dim)
         for layer in range(c.layers):
-            cache.extend(layer, noise, noise)
+            if isinstance(cache, FullCache):
+                cache.extend(layer, noise, noise)  # what the queries find is of no interest
+            else:
+                cache.attend(layer, queries, noise, noise, model.rope)
     return cache

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rooflm.lab.model import Transformer, TransformerBlock, rope_table
+from rooflm.lab.model import Rope, Transformer, TransformerBlock
 
 # Layers that read the same input share its statistics.
 SHARED_INPUTS = {
@@ -97,8 +97,6 @@ def visit_blocks(
     model : its blocks may be changed between two steps of the iteration.
     rows : (rows, window), tokens of the calibration text.
     """
-    window = rows.shape[1]
-    table = rope_table(torch.arange(window), model.config.head_dim, model.config.rope_base)
     states = [model.embedding(part) for part in rows.split(batch)]
     for block in model.layers:
         gatherers = {name: _Gatherer() for name in SHARED_INPUTS}
@@ -106,7 +104,7 @@ def visit_blocks(
             inner_linear(block, name).register_forward_pre_hook(gatherer)
             for name, gatherer in gatherers.items()
         ]
-        _run(block, states, table)
+        _run(block, states, model.rope)
         for hook in hooks:
             hook.remove()
         found = {name: gatherer.summary() for name, gatherer in gatherers.items()}
@@ -114,7 +112,7 @@ def visit_blocks(
             block,
             {name: found[first] for first, names in SHARED_INPUTS.items() for name in names},
         )
-        states = _run(block, states, table)
+        states = _run(block, states, model.rope)
 
 
 @torch.no_grad()
@@ -186,7 +184,5 @@ def fisher_information(model: Transformer, rows: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _run(
-    block: Callable[..., Tensor], states: list[Tensor], table: tuple[Tensor, Tensor]
-) -> list[Tensor]:
-    return [block(x, table, None) for x in states]
+def _run(block: Callable[..., Tensor], states: list[Tensor], rope: Rope) -> list[Tensor]:
+    return [block(x, rope, None) for x in states]
