@@ -234,12 +234,6 @@ def test_the_table_adds_up_and_says_what_it_is_of(capsys):
     assert "48 GiB (51.54 GB)" in out
 
 
-def test_a_window_that_is_not_modelled_is_named(capsys):
-    words = ("analyze", "mistralai/Mistral-7B-v0.1", A6000, "--context")
-    assert "window of 4096" in run(capsys, *words, 8192)[1]
-    assert "window" not in run(capsys, *words, 4096)[1]
-
-
 def run_process(redirect, **environment):
     line = f'"{sys.executable}" -m rooflm analyze {LLAMA} {A6000} {redirect}'
     env = os.environ | {"PYTHONPATH": str(LIB)} | environment

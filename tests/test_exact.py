@@ -271,15 +271,6 @@ def test_a_report_says_when_the_plan_does_not_fit(llama_70b, a6000):
     assert rooflm.analyze(llama_70b, chip, ForwardPass.decode(1, 64)).fits is None
 
 
-def test_a_context_beyond_a_window_is_named_as_counted_too_large(a6000):
-    model = rooflm.load_model("mistralai/Mistral-7B-v0.1")
-    assert model.window == 4096
-    within = rooflm.analyze(model, a6000, ForwardPass.decode(1, 4096))
-    beyond = rooflm.analyze(model, a6000, ForwardPass.decode(1, 4097))
-    assert within.beyond_window == "" and "window" not in str(within)
-    assert "window of 4096 tokens is not modelled" in str(beyond)
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

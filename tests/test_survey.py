@@ -189,9 +189,9 @@ def test_arrays_and_numbers_agree_in_the_surveys_accounting(llama_70b, a6000):
 def test_lower_bound_stays_below_the_sum_where_heads_are_wider_than_the_survey_takes_them(
     name, a6000
 ):
-    report = survey_report(rooflm.load_model(name), a6000, ForwardPass.decode(64, 100_000))
-    assert report.lower_bound <= report.seconds
-    assert report.memory.kv_cache < memory(name, batch=64, context=100_000).kv_cache
+    report = survey_report(rooflm.load_model(name), a6000, ForwardPass.decode(64, 4_000))
+    assert report.lower_bound <= report.seconds  # within Gemma's window, which the survey ignores
+    assert report.memory.kv_cache < memory(name, batch=64, context=4_000).kv_cache
 
 
 def test_the_surveys_48_gb_are_decimal(llama_13b, a6000):

@@ -31,12 +31,7 @@ def make_layer(
     A projection's weight is (d_out, d_in) under its row's name, its bias under name + ".bias";
     a norm's vectors are (vectors, width); the cache is (batch, kv_heads, context, head_dim).
     """
-    mixer, mlp = block.mixer, block.mlp
-    if type(mixer) is not Attention or type(mlp) is not MLP:
-        raise ValueError(
-            f"a block of {type(mixer).__name__} and {type(mlp).__name__} can't be timed; "
-            "allowed: Attention and MLP"
-        )
+    mixer, mlp = block.dense("a layer that runs")
     size("batch", batch), size("context", context)
     layer: dict[str, Tensor] = {}
 
@@ -81,18 +76,19 @@ def run_layer(block: Block, layer: dict[str, Tensor], x: Tensor, record: Record)
         (batch, new_tokens, hidden).
     """
     names = block.norms
+    mixer, mlp = block.dense("a layer that runs")
 
     def norm(name: str, y: Tensor) -> Tensor:
         return record(name, lambda: _norm(y, layer[name])) if name in names else y
 
     shared = norm("attn_norm", x)
-    attended = norm("attn_post_norm", _attention(block.mixer, layer, shared, record))
+    attended = norm("attn_post_norm", _attention(mixer, layer, shared, record))
     h = record("attn_add", lambda: x + attended)
     if block.parallel and "mlp_norm" not in names:
         into_mlp = shared
     else:
         into_mlp = norm("mlp_norm", x if block.parallel else h)
-    out = norm("mlp_post_norm", _mlp(block.mlp, layer, into_mlp, record))
+    out = norm("mlp_post_norm", _mlp(mlp, layer, into_mlp, record))
     return record("mlp_add", lambda: h + out)
 
 

@@ -288,7 +288,7 @@ def time_block(
         stack = [first]
         for _ in range(copies - 1):
             stack.append({name: tensor.clone() for name, tensor in first.items()})
-        x = torch.randn(batch, size("new_tokens", new_tokens), block.mixer.hidden).to(kind)
+        x = torch.randn(batch, size("new_tokens", new_tokens), block.hidden).to(kind)
         times: dict[str, list[float]] = {}
 
         def record(name: str, f: Callable[[], Tensor]) -> Tensor:

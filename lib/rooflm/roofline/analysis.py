@@ -141,22 +141,9 @@ class Report:
             word = {True: "fits", False: "DOES NOT FIT", None: "capacity not published"}.get(
                 fits, f"fits where {fits}"
             )
-        window = self.beyond_window
         return (
             f"{self.model.name} on {self.device.name}, {self.step}: {self.seconds} s, "
-            f"{self.bound}-bound, {word}" + (f"; {window}" if window else "")
-        )
-
-    @property
-    def beyond_window(self) -> str:
-        """A caution where the context exceeds an attention window, else an empty text."""
-        window = self.model.window
-        longer = self.step.context > window
-        if not window or not (longer.any() if is_array(longer) else longer is True):
-            return ""
-        return (
-            f"the attention window of {window} tokens is not modelled yet: "
-            "every layer is counted as if it attended to the whole context"
+            f"{self.bound}-bound, {word}"
         )
 
 
@@ -276,7 +263,9 @@ def _report(
     if accounting == "survey":
         cache = survey.cache_bytes(model, step, p)
     else:
-        cache = model.cache_bytes(step.batch, step.context, p.kv_cache.bytes)
+        cache = model.cache_bytes(
+            step.batch, step.context, p.kv_cache.bytes, p.state.bytes, p.activations.bytes
+        )
         weights = weights - model.repeated_rows(step) * p.weights.bytes
     at_peak = compute_seconds * calibration.compute
     lower_bound = maximum(at_peak, (weights + cache) / bandwidth)

@@ -336,12 +336,11 @@ def _memory_fields(parts: Memory, hardware: str) -> dict[str, Any]:
 
 def _fits(report: Report) -> str:
     need, capacity = _si(report.memory.total, "B"), report.memory.capacity(report.device)
-    caution = f"\nCaution: {report.beyond_window}." if report.beyond_window else ""
     if capacity is None:
-        return f"It needs {need}; the capacity of {report.device.name} is not published.{caution}"
+        return f"It needs {need}; the capacity of {report.device.name} is not published."
     verb = "fits in" if report.fits else "DOES NOT FIT in"
     shown = _capacity(capacity)
-    return f"It needs {need}, which {verb} the {shown} of {report.device.name}.{caution}"
+    return f"It needs {need}, which {verb} the {shown} of {report.device.name}."
 
 
 def _setting(options: argparse.Namespace) -> str:

@@ -98,6 +98,7 @@ def _build(config: Config, name: str | None) -> Model:
         out_bias=_flag(config, family, family.out_bias),
         qk_norm=family.qk_norm if _flag(config, family, family.qk_norm_if) else "",
         qk_norm_vectors=family.qk_norm_vectors,
+        window=_window(config, family),
     )
     mlp = MLP(
         hidden,
@@ -129,7 +130,6 @@ def _build(config: Config, name: str | None) -> Model:
         embedding_norm=family.embedding_norm,
         positions=positions,
         embedding_dim=0 if embedding_dim == hidden else embedding_dim,
-        window=_window(config, family),
     )
 
 

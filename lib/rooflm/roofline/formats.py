@@ -153,6 +153,7 @@ class Precision:
     ----------
     weights, activations, kv_cache : names of formats. `int4-g128` weights with `fp16`
         activations compute at FP16; W8A8 computes at INT8.
+    state : the format of recurrent states, FP32 as their reference code keeps them.
 
     >>> Precision(weights="int4-g128").w
     0.51953125
@@ -161,17 +162,20 @@ class Precision:
     weights: Format
     activations: Format
     kv_cache: Format
+    state: Format
 
     def __init__(
         self,
         weights: str | Format = "fp16",
         activations: str | Format = "fp16",
         kv_cache: str | Format = "fp16",
+        state: str | Format = "fp32",
     ) -> None:
         for field, value in (
             ("weights", weights),
             ("activations", activations),
             ("kv_cache", kv_cache),
+            ("state", state),
         ):
             found = value if isinstance(value, Format) else load_format(value)
             object.__setattr__(self, field, found)

@@ -1,8 +1,9 @@
 """A whole answer: a prefill that gives the first token, then one decode step for each other.
 
-Every decode step has its own context. FLOPs and bytes of each operator are affine in the
-context, so its time is the larger of two affine functions, and the sum over all steps has a
-closed form: two passes are evaluated, however long the answer.
+Every decode step has its own context. Between the edges of attention windows, FLOPs and bytes
+of each operator are affine in the context, so its time is the larger of two affine functions, and
+the sum over the steps of a piece has a closed form: two passes are evaluated for each piece,
+however long the answer.
 
 Chapter: decode time.
 """
@@ -10,6 +11,7 @@ Chapter: decode time.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from rooflm.roofline.formats import Precision, precision_of
 from rooflm.roofline.hardware import Hardware, load_hardware
 from rooflm.roofline.memory import Memory, memory
 from rooflm.roofline.model import ForwardPass, Model
-from rooflm.roofline.numeric import Number, ceil, choose, maximum, minimum, size
+from rooflm.roofline.numeric import Number, ceil, choose, is_array, maximum, minimum, size
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,19 @@ def generation(
         return analyze(model, device, step, p, attention, accounting, calibration)
 
     prefill = run(ForwardPass.prefill(batch, prompt))
-    # Decode step j = 0 ... steps - 1 ends with prompt + 1 + j tokens in the cache.
-    first = run(ForwardPass.decode(batch, prompt + 1))
-    last = run(ForwardPass.decode(batch, prompt + maximum(steps, 1)))
     decode: Number = 0
-    for low, high in zip(first.operators, last.operators, strict=True):
-        compute = device.peaks[low.rate] * calibration.compute
-        bandwidth = device.bandwidth * calibration.memory
-        time = _sum_of_larger(
-            (low.flops / compute, high.flops / compute),
-            (low.bytes / bandwidth, high.bytes / bandwidth),
-            steps,
-        )
-        decode = decode + low.count * (time + steps * calibration.overhead)
+    for first, last, count in _straight_pieces(model, prompt + 1, prompt + steps):
+        low_report = run(ForwardPass.decode(batch, first))
+        high_report = run(ForwardPass.decode(batch, last))
+        for low, high in zip(low_report.operators, high_report.operators, strict=True):
+            compute = device.peaks[low.rate] * calibration.compute
+            bandwidth = device.bandwidth * calibration.memory
+            time = _sum_of_larger(
+                (low.flops / compute, high.flops / compute),
+                (low.bytes / bandwidth, high.bytes / bandwidth),
+                count,
+            )
+            decode = decode + low.count * (time + count * calibration.overhead)
     seconds = prefill.seconds + decode
     at_end = memory(model, p, batch, prompt + steps, 1, accounting, attention)
     return Generation(
@@ -114,6 +116,32 @@ def generation(
         ),
         device=device,
     )
+
+
+def _straight_pieces(
+    model: Model, start: Number, stop: Number
+) -> Iterator[tuple[Number, Number, Number]]:
+    """First and last context and the number of steps of each piece in which costs are affine.
+
+    A window bends the cost of a step once; a chunk lets it start anew again and again.
+    """
+    edges = [block.mixer.edges() for _, block in model.blocks if block.mixer is not None]
+    ends = {int(bend) for edge in edges for bend in edge.bends}
+    lowest, highest = (_extreme(x, which) for x, which in ((start, "min"), (stop, "max")))
+    for chunk in {int(edge.chunk) for edge in edges if edge.chunk}:
+        ends |= set(range(chunk * (lowest // chunk), highest + 1, chunk))
+    first = start
+    for end in [*sorted(x for x in ends if lowest <= x < highest), highest]:
+        count = maximum(minimum(stop, end) - first + 1, 0)
+        if not is_array(count) and not count:
+            continue
+        low = minimum(first, maximum(stop, start))  # where a piece is empty, any context will do
+        yield low, maximum(minimum(stop, end), low), count
+        first = maximum(first, end + 1)
+
+
+def _extreme(x: Number, which: str) -> int:
+    return int(getattr(x, which)()) if is_array(x) else int(x)
 
 
 def _sum_of_larger(x: tuple[Number, Number], y: tuple[Number, Number], m: Number) -> Number:

@@ -100,6 +100,8 @@ def memory_of(
         widest = maximum(widest, operator.activations_read + operator.activations_written)
     return Memory(
         weights=model.parameters * p.weights.bytes,
-        kv_cache=model.cache_bytes(step.batch, step.context, p.kv_cache.bytes),
+        kv_cache=model.cache_bytes(
+            step.batch, step.context, p.kv_cache.bytes, p.state.bytes, p.activations.bytes
+        ),
         activations=step.tokens * model.hidden * p.activations.bytes + widest,
     )

@@ -53,6 +53,15 @@ def ceil(x: Number) -> Number:
     return math.ceil(x)
 
 
+def floor(x: Number) -> Number:
+    """The largest whole number that is not above x, elementwise for arrays."""
+    if _is_symbol(x):
+        return sys.modules["sympy"].floor(x)
+    if is_array(x):
+        return sys.modules["numpy"].floor(x)
+    return math.floor(x)
+
+
 def choose(condition: Any, yes: Any, no: Any) -> Any:
     """`yes` where the condition holds, else `no`; elementwise for an array of conditions."""
     if condition is True or condition is False:

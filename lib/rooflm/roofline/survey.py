@@ -46,8 +46,8 @@ def operators(
     """
     prefill = _is_prefill(step)
     w, a = p.weights.bytes, p.activations.bytes
-    for number, (count, block) in enumerate(model.blocks):
-        for operator in _layer(block.mixer, block.mlp, step, prefill, p, attention):
+    for number, (count, mixer, mlp) in enumerate(_dense_blocks(model)):
+        for operator in _layer(mixer, mlp, step, prefill, p, attention):
             yield f"block {number}", count, operator
     weights, b = model.hidden * model.vocab, step.batch
     head = Operator(
@@ -63,8 +63,8 @@ def memory_parts(
     prefill = _is_prefill(step)
     weights: Number = 0
     outputs: Number = 0
-    for count, block in model.blocks:
-        layer = list(_layer(block.mixer, block.mlp, step, prefill, p, attention))
+    for count, mixer, mlp in _dense_blocks(model):
+        layer = list(_layer(mixer, mlp, step, prefill, p, attention))
         weights = weights + count * sum(o.weight_bytes for o in layer)
         outputs = sum(o.activations_written for o in layer)
     return weights, cache_bytes(model, step, p), outputs
@@ -73,8 +73,8 @@ def memory_parts(
 def cache_bytes(model: Model, step: ForwardPass, p: Precision) -> Number:
     """Bytes of the KV cache after the pass, of heads that are hidden / heads wide."""
     elements: Number = 0
-    for count, block in model.blocks:
-        kv_width = block.mixer.hidden * block.mixer.kv_heads / block.mixer.heads
+    for count, mixer, _ in _dense_blocks(model):
+        kv_width = mixer.hidden * mixer.kv_heads / mixer.heads
         elements = elements + count * 2 * step.batch * step.context * kv_width
     return elements * p.kv_cache.bytes
 
@@ -82,6 +82,11 @@ def cache_bytes(model: Model, step: ForwardPass, p: Precision) -> Number:
 def capacity(device: Hardware) -> float | None:
     """Device memory in bytes as the survey counts it: an A6000's 48 GiB are 48e9."""
     return None if device.memory_capacity is None else device.memory_capacity / 2**30 * 1e9
+
+
+def _dense_blocks(model: Model) -> Iterator[tuple[int, Attention, MLP]]:
+    for count, block in model.blocks:
+        yield count, *block.dense("survey accounting")
 
 
 def _is_prefill(step: ForwardPass) -> bool:

@@ -61,7 +61,7 @@ class TrainingMemory:
 
 def linear_shapes(block: Block) -> list[tuple[int, int]]:
     """(d_in, d_out) of the linear layers of a block: q, k, v, o, and two or three of the MLP."""
-    mixer, mlp = block.mixer, block.mlp
+    mixer, mlp = block.dense("training memory")
     widths = [mixer.q_width, mixer.kv_width, mixer.kv_width]
     into = [(mixer.hidden, width) for width in widths]
     inner = [(mlp.hidden, mlp.intermediate)] * (1 + mlp.gated)
@@ -131,7 +131,7 @@ def _kept(model: Model, step: ForwardPass, checkpointing: bool) -> Number:
 
 def _kept_elements(block: Block) -> Number:
     """For a token: inputs of both norms and of the linear layers; q, k, v; gate and up."""
-    mixer, mlp = block.mixer, block.mlp
+    mixer, mlp = block.dense("training memory")
     norms = len(block.norms) * mixer.hidden
     inputs = 2 * mixer.hidden + mixer.q_width + mlp.intermediate
     return norms + inputs + mixer.q_width + 2 * mixer.kv_width + (1 + mlp.gated) * mlp.intermediate
