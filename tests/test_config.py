@@ -6,7 +6,7 @@ import json
 import os
 import random
 import stat
-from dataclasses import replace
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "vocab_size": 50,
 }
+MISTRAL = LLAMA | {"model_type": "mistral"}
 
 
 def message(source: Any, **more: Any) -> str:
@@ -72,7 +73,9 @@ def test_every_model_states_its_source(name: str) -> None:
 
 def test_every_family_has_at_least_two_counted_models() -> None:
     kinds = [row["config"]["model_type"] for row in COUNTS]
-    assert {kind for kind in FAMILIES if kinds.count(kind) < 2} <= {"internlm"}
+    assert {kind for kind in FAMILIES if kinds.count(kind) < 2} <= {
+        "internlm", "deci", "kimi_k2",  # no class of transformers; those of llama, deepseek_v3
+    }  # fmt: skip
     assert len(COUNTS) >= 60
 
 
@@ -179,24 +182,78 @@ def test_absent_kv_heads_are_the_default_of_the_family_and_null_ones_are_all_hea
 
 def test_quantization_and_windows_change_no_shape() -> None:
     more = {"quantization_config": {"bits": 4}, "sliding_window": 16, "torch_dtype": "float16"}
-    model = load_model(LLAMA | more)
-    assert replace(model, window=0) == load_model(LLAMA)
-    assert model.window == 16
+    model = load_model(MISTRAL | more)
+    assert model.parameters == load_model(MISTRAL).parameters
+    assert windows(model) == [16]
+    assert windows(load_model(LLAMA | more)) == [0]  # transformers' llama has none
+
+
+def windows(model: Model) -> list[int]:
+    """The window of each kind of layer, 0 where it sees everything."""
+    return [block.mixer.window for _, block in model.blocks]
 
 
 @pytest.mark.parametrize(
-    ("name", "window"),
+    ("name", "layers"),
     [
-        ("mistralai/Mistral-7B-v0.1", 4096),
-        ("google/gemma-2-9b", 4096),
-        ("microsoft/Phi-3-mini-4k-instruct", 2047),
-        ("Qwen/Qwen2.5-7B", 0),  # published with use_sliding_window false
-        ("Qwen/Qwen3-8B", 0),
-        ("meta-llama/Llama-2-7b-hf", 0),
+        ("mistralai/Mistral-7B-v0.1", {4096: 32}),
+        ("microsoft/Phi-3-mini-4k-instruct", {2047: 32}),
+        ("Qwen/Qwen2.5-7B", {0: 28}),  # published with use_sliding_window false
+        ("meta-llama/Llama-2-7b-hf", {0: 32}),
+        # Gemma-2's report, section 2: every other layer; Gemma-3's, section 2.1: five of six.
+        ("google/gemma-2-9b", {4096: 21, 0: 21}),
+        ("google/gemma-3-27b-pt", {1024: 52, 0: 10}),
+        ("google/gemma-3-1b-pt", {512: 22, 0: 4}),
+        # The gpt-oss model card, section 2.2: alternating banded and full.
+        ("openai/gpt-oss-120b", {128: 18, 0: 18}),
     ],
 )
-def test_an_attention_window_is_read_where_it_is_switched_on(name: str, window: int) -> None:
-    assert load_model(name).window == window
+def test_windows_stand_in_the_layers_that_the_report_names(name, layers) -> None:
+    found = {block.mixer.window: count for count, block in load_model(name).blocks}
+    assert found == layers
+
+
+def test_hybrids_have_the_layers_that_their_reports_name() -> None:
+    def kinds(name: str) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        for count, block in load_model(name).blocks:
+            found[type(block.mixer).__name__] += count
+        return dict(found)
+
+    # Qwen3-Next: three Gated DeltaNet layers to one of gated attention, 48 in all.
+    assert kinds("Qwen/Qwen3-Next-80B-A3B-Instruct") == {"GatedDeltaNet": 36, "Attention": 12}
+    # arXiv 2504.03624, table 1: 118 layers, 10 of attention, 54 of Mamba-2, 54 MLPs.
+    nemotron = kinds("nvidia/Nemotron-H-56B-Base-8K")
+    assert nemotron == {"Mamba2": 54, "NoneType": 54, "Attention": 10}
+    scout = load_model("meta-llama/Llama-4-Scout-17B-16E")
+    assert {block.mixer.chunk: count for count, block in scout.blocks} == {8192: 36, 0: 12}
+
+
+@pytest.mark.parametrize(
+    ("name", "printed", "embeddings"),
+    [
+        ("openai/gpt-oss-20b", "3.61", False),  # arXiv 2508.10925, table 1: without the embedding
+        ("openai/gpt-oss-120b", "5.13", False),
+        ("deepseek-ai/DeepSeek-V3", "37", False),  # arXiv 2412.19437: 37B
+        ("deepseek-ai/DeepSeek-V2-Lite", "2.4", False),  # arXiv 2405.04434, appendix B; 2.45
+        ("meta-llama/Llama-4-Scout-17B-16E", "17", True),
+        ("mistralai/Mixtral-8x7B-v0.1", "13", True),  # arXiv 2401.04088
+        ("Qwen/Qwen3-30B-A3B", "3.3", True),  # its card: 3.3B; 3.35
+    ],
+)
+def test_active_parameters_are_the_published_ones(name, printed, embeddings) -> None:
+    model = load_model(name)
+    found = model.active_parameters - (0 if embeddings else model.vocab * model.hidden)
+    decimals = len(printed.partition(".")[2])
+    cut = int(found / 1e9 * 10**decimals) / 10**decimals  # two cards cut where others round
+    assert float(printed) in (round(found / 1e9, decimals), cut)
+
+
+def test_kv_heads_may_differ_from_layer_to_layer() -> None:
+    deci = LLAMA | {"model_type": "deci", "num_key_value_heads_per_layer": [4, 2]}
+    assert [block.mixer.kv_heads for _, block in load_model(deci).blocks] == [4, 2]
+    heads = load_model(deci).cache_bytes(1, 10, 2) / (2 * 10 * 16 * 2)
+    assert heads == 4 + 2
 
 
 def test_a_whole_float_is_a_size() -> None:
@@ -238,7 +295,15 @@ BAD = [
     (LLAMA | {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; allowed: true or"),
     (LLAMA | {"attention_bias": 1}, "attention_bias is 1; allowed: true or false"),
     (LLAMA | {"num_local_experts": 8}, "num_local_experts is 8; allowed: a dense MLP"),
-    (LLAMA | {"model_type": "mixtral", "num_local_experts": 8}, "num_local_experts is 8"),
+    (LLAMA | {"model_type": "mixtral", "num_local_experts": 1}, "num_experts_per_tok is 2"),
+    (LLAMA | {"model_type": "mixtral", "num_local_experts": "8"}, "num_local_experts is '8'"),
+    (LLAMA | {"model_type": "deepseek_v3"}, "kv_lora_rank is missing"),
+    (LLAMA | {"model_type": "llama4_text", "layer_types": ["full_attention"]}, "a list of 2"),
+    (LLAMA | {"model_type": "nemotron_h", "hybrid_override_pattern": "MX"}, "letters M, *, -"),
+    (LLAMA | {"model_type": "deci", "num_key_value_heads_per_layer": [4]}, "allowed: a list of 2"),
+    (LLAMA | {"model_type": "deci", "num_key_value_heads_per_layer": [4, 3]}, "a divisor"),
+    (LLAMA | {"model_type": "mamba2", "num_heads": 6, "head_dim": 16}, "n_groups is 8"),
+    (LLAMA | {"model_type": "gpt_oss", "moe_layer_freq": 2}, "moe_layer_freq is 2"),
     (LLAMA | {"num_experts": 128}, "num_experts is 128"),
     (LLAMA | {"n_routed_experts": 256}, "n_routed_experts is 256"),
     (LLAMA | {"kv_lora_rank": 512}, "kv_lora_rank is 512"),

@@ -35,7 +35,9 @@ def count(config: Config) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(built_as)
     model.tie_weights()
-    return sum(tensor.numel() for tensor in model.parameters())
+    # A router's correction is a buffer in the code and a tensor of the released weights.
+    corrections = (b for name, b in model.named_buffers() if name.endswith("correction_bias"))
+    return sum(tensor.numel() for tensor in (*model.parameters(), *corrections))
 
 
 def sizes(
@@ -312,6 +314,35 @@ REAL: dict[str, Config] = {
     ),
     "arcee-ai/AFM-4.5B": sizes("arcee", 2560, 18432, 36, 20, 128004, kv=4, d=128, tied=False),
     "LGAI-EXAONE/EXAONE-4.0-1.2B": sizes("exaone4", 2048, 4096, 30, 32, 102400, kv=8, tied=True),
+    "allenai/OLMoE-1B-7B-0924": sizes("olmoe", 2048, 1024, 16, 16, 50304, kv=16, tied=False),
+    "Qwen/Qwen1.5-MoE-A2.7B": sizes("qwen2_moe", 2048, 5632, 24, 16, 151936, kv=16, tied=False),
+    "Qwen/Qwen3-235B-A22B": sizes(
+        "qwen3_moe",
+        4096,
+        12288,
+        94,
+        64,
+        151936,
+        kv=4,
+        d=128,
+        tied=False,
+        moe_intermediate_size=1536,
+    ),
+    "mistralai/Mixtral-8x22B-v0.1": sizes("mixtral", 6144, 16384, 56, 48, 32768, kv=8, tied=False),
+    "meta-llama/Llama-4-Maverick-17B-128E, text_config": sizes(
+        "llama4_text",
+        5120,
+        8192,
+        48,
+        40,
+        202048,
+        kv=8,
+        d=128,
+        tied=False,
+        intermediate_size_mlp=16384,
+        num_local_experts=128,
+        interleave_moe_layer_step=2,
+    ),
     "LGAI-EXAONE/EXAONE-4.0-32B": sizes("exaone4", 5120, 27392, 64, 40, 102400, kv=8, tied=False),
 }
 
@@ -373,13 +404,67 @@ OPT = {
 MPT = {"d_model": 96, "n_layers": 4, "n_heads": 6, "vocab_size": 517}
 HELIUM = SMALL | {"num_attention_heads": 40, "head_dim": 16}
 
+MLA = SMALL | {
+    "num_attention_heads": 5, "num_key_value_heads": 5, "q_lora_rank": 24, "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12, "qk_rope_head_dim": 6, "v_head_dim": 10, "first_k_dense_replace": 1,
+    "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 33, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+LATENTS: list[Config] = [
+    {}, {"q_lora_rank": None}, {"n_shared_experts": 1}, {"first_k_dense_replace": 3},
+    {"kv_lora_rank": 40, "v_head_dim": 6}, {"tie_word_embeddings": True},
+]  # fmt: skip
+NEXT = SMALL | {
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 24, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6, "linear_key_head_dim": 8, "linear_value_head_dim": 10,
+    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 33,
+    "shared_expert_intermediate_size": 21,
+}  # fmt: skip
+MAMBA = {
+    "hidden_size": 96, "num_hidden_layers": 3, "num_heads": 12, "head_dim": 16, "state_size": 8,
+    "n_groups": 2, "vocab_size": 517, "pad_token_id": 0,
+}  # fmt: skip
+
 # What varies in each family, one change at a time; {} is the class's own defaults.
 TIE: list[Config] = [{}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}]
 GQA: list[Config] = [*TIE, {"num_key_value_heads": 8}, {"num_key_value_heads": 1}]
 WIDE: list[Config] = [*GQA, {"head_dim": 24, "num_key_value_heads": 4}]
 BIAS: list[Config] = [{"attention_bias": True}, {"attention_bias": False}]
 MLP_BIAS: list[Config] = [{"mlp_bias": True}]
+EXPERTS: list[Config] = [{"num_experts": 12}, {"num_experts_per_tok": 1}]
 MUTANTS: dict[str, tuple[Config, list[Config]]] = {
+    "mixtral": (SMALL, [*GQA, {"num_local_experts": 3}]),
+    "olmoe": (SMALL, [*TIE, {"num_key_value_heads": 8}, *EXPERTS]),
+    "qwen2_moe": (SMALL, [*TIE, {"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}, *EXPERTS]),
+    "qwen3_moe": (SMALL, [*WIDE, {"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}, *EXPERTS]),
+    "gpt_oss": (SMALL, [*WIDE, *BIAS, {"num_local_experts": 5}]),
+    "deepseek_v2": (MLA, LATENTS),
+    "deepseek_v3": (MLA, LATENTS),
+    "qwen3_next": (
+        NEXT,
+        [
+            {},
+            {"linear_conv_kernel_dim": 3},
+            {"mlp_only_layers": [1]},
+            {"linear_num_value_heads": 2},
+            {"head_dim": 16},
+        ],
+    ),
+    "mamba2": (
+        MAMBA,
+        [
+            {},
+            {"use_bias": True},
+            {"use_conv_bias": False},
+            {"conv_kernel": 3},
+            {"n_groups": 1},
+            {"tie_word_embeddings": True},
+        ],
+    ),
+    "llama4_text": (
+        SMALL | {"num_key_value_heads": 8, "head_dim": 20},
+        [{}, {"interleave_moe_layer_step": 2, "num_local_experts": 3}, *BIAS],
+    ),
     "llama": (SMALL, [*WIDE, *BIAS, *MLP_BIAS, {"num_key_value_heads": None}]),
     "mistral": (SMALL, WIDE),
     "ministral": (SMALL | {"head_dim": 20}, WIDE),

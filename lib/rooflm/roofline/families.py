@@ -23,7 +23,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads"),
-    "head_dim": ("head_dim",),
+    "head_dim": ("head_dim", "attention_head_dim"),
     "intermediate_size": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
     "vocab_size": ("vocab_size",),
     "max_position_embeddings": ("max_position_embeddings", "n_positions"),
@@ -31,11 +31,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "sliding_window": ("sliding_window",),
     "expansion_ratio": ("expansion_ratio",),
     "num_ln_in_parallel_attn": ("num_ln_in_parallel_attn",),
+    "ssm_state_size": ("ssm_state_size", "state_size"),
+    "num_experts_per_tok": ("num_experts_per_tok", "experts_per_token"),
 }
 
-# Fields that ask for what a `Block` of attention and a dense MLP can't say, with the values
-# that ask for nothing.
-UNSUPPORTED: tuple[tuple[str, tuple[object, ...], str], ...] = (
+# Fields that ask for what no `Model` can say, with the values that ask for nothing.
+FOREIGN: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("text_config", (None, {}), "pass its text_config"),
     ("llm_config", (None, {}), "pass its llm_config"),
     ("vision_config", (None, {}), "a text-only decoder"),
@@ -43,20 +44,23 @@ UNSUPPORTED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("is_encoder_decoder", (None, False), "a decoder-only model"),
     ("add_cross_attention", (None, False), "self-attention only"),
     ("cross_attention_layers", (None, []), "self-attention only"),
+    ("ssm_cfg", (None, {}), "a config in the form of transformers"),
+    ("block_types", (None, []), "attention in every layer"),
+)
+# The same of what only some families have: `Family.reads` names theirs.
+UNSUPPORTED: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("num_local_experts", (None, 0, 1), "a dense MLP"),
     ("num_experts", (None, 0, 1), "a dense MLP"),
     ("n_routed_experts", (None, 0), "a dense MLP"),
     ("moe_num_experts", (None, 0, 1), "a dense MLP"),
+    ("moe_layer_freq", (None, 1), "1: experts in every layer after the first dense ones"),
     ("kv_lora_rank", (None, 0), "attention with separate keys and values"),
-    ("ssm_cfg", (None, {}), "attention in every layer"),
     ("state_size", (None, 0), "attention in every layer"),
     ("ssm_state_size", (None, 0), "attention in every layer"),
     ("mamba_d_state", (None, 0), "attention in every layer"),
     ("hybrid_override_pattern", (None, ""), "attention in every layer"),
     ("linear_num_value_heads", (None, 0), "attention in every layer"),
-    ("block_types", (None, []), "attention in every layer"),
 )
-ATTENTION_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,20 @@ class Family:
         or the field that gives the ratio.
     fixed_mlp : whether intermediate_size must be that ratio.
     tied : whether the head is the embedding's matrix when tie_word_embeddings is absent.
+    mixer : what the layers are made of: "attention" (full and windowed), "chunked" (full and
+        chunked), "delta" (full and Gated DeltaNet), "latent", "mamba2", "pattern" (a letter each).
+    windows : whether every layer has the config's window, if it gives one.
+    every : the field that says that every n-th layer is a full one; "" where all others are not.
+    windows_from : the field that says how many layers stay full before the windowed ones.
+    sinks, output_gate : as in `mixers.Attention`.
+    experts, expert_width, expert_step : the fields of their number, their width and of the
+        interval of layers that have them; "" for none.
+    shared : the field of the shared expert's width, or n_shared_experts, a multiple of
+        expert_width; shared_gate, router_bias, expert_bias : as in `mlp.Experts`.
+    dense_width : the field of the dense layers' width where it is not intermediate_size.
+    state_heads, state_head_dim, state_bias : the fields of a state layer's heads, their width, and
+        of whether its projections have a bias.
+    reads : fields of `UNSUPPORTED` that this family has a place for.
     defaults : what an absent field means; a switch that is not named here is off, and
         num_key_value_heads is num_attention_heads.
     """
@@ -111,11 +129,30 @@ class Family:
     mlp_ratio: int | str = 0
     fixed_mlp: bool = False
     tied: bool = False
+    mixer: str = "attention"
+    windows: bool = False
+    every: str = ""
+    windows_from: str = ""
+    sinks: bool = False
+    output_gate: bool = False
+    experts: str = ""
+    expert_width: str = "moe_intermediate_size"
+    expert_step: str = ""
+    shared: str = ""
+    shared_gate: bool = False
+    router_bias: bool = False
+    expert_bias: Flag = False
+    dense_width: str = ""
+    state_heads: str = "mamba_num_heads"
+    state_head_dim: str = "mamba_head_dim"
+    state_bias: str = "mamba_proj_bias"
+    reads: tuple[str, ...] = ()
     defaults: dict[str, int | bool] = field(default_factory=dict)
 
 
 _ONE_NORM = ("attn_norm",)
 _POST_NORMS = ("attn_post_norm", "mlp_post_norm")
+_PATTERN = "sliding_window_pattern"
 _FOUR_NORMS = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")
 
 _LLAMA = Family(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias")
@@ -134,20 +171,40 @@ _GPT2 = Family(
     defaults={"max_position_embeddings": 1024},
 )
 _COHERE = replace(_ATTENTION_BIAS, norms=_ONE_NORM, parallel=True, tied=True)
+_DEEPSEEK = Family(
+    mixer="latent",
+    experts="n_routed_experts",
+    shared="n_shared_experts",
+    reads=("n_routed_experts", "kv_lora_rank"),
+)
 _GLM = Family(qkv_bias="attention_bias", defaults={"num_key_value_heads": 2, "head_dim": 128})
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
-    "mistral": Family(defaults={"num_key_value_heads": 8}),
-    "ministral": Family(defaults={"num_key_value_heads": 8}),
-    "ministral3": Family(defaults={"num_key_value_heads": 8, "head_dim": 128}),
+    "mistral": Family(windows=True, defaults={"num_key_value_heads": 8}),
+    "ministral": Family(windows=True, defaults={"num_key_value_heads": 8}),
+    "ministral3": Family(windows=True, defaults={"num_key_value_heads": 8, "head_dim": 128}),
     "qwen2": Family(
-        qkv_bias=True, defaults={"num_key_value_heads": 32, "use_sliding_window": False}
+        qkv_bias=True,
+        windows_from="max_window_layers",
+        defaults={
+            "num_key_value_heads": 32,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
     ),
     "qwen3": replace(
         _ATTENTION_BIAS,
         qk_norm="head",
-        defaults={"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
+        windows_from="max_window_layers",
+        defaults={
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+        },
     ),
     "gemma": replace(
         _ATTENTION_BIAS, tied=True, defaults={"num_key_value_heads": 16, "head_dim": 256}
@@ -156,7 +213,13 @@ FAMILIES: dict[str, Family] = {
         _ATTENTION_BIAS,
         norms=_FOUR_NORMS,
         tied=True,
-        defaults={"num_key_value_heads": 4, "head_dim": 256},
+        every=_PATTERN,
+        defaults={
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 2,
+        },
     ),
     # The text part of a multimodal Gemma-3 leaves out what equals these.
     "gemma3_text": replace(
@@ -164,7 +227,10 @@ FAMILIES: dict[str, Family] = {
         norms=_FOUR_NORMS,
         qk_norm="head",
         tied=True,
+        every=_PATTERN,
         defaults={
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
             "num_attention_heads": 8,
             "num_key_value_heads": 4,
             "head_dim": 256,
@@ -184,7 +250,7 @@ FAMILIES: dict[str, Family] = {
         qk_norm_if="qk_layernorm",
         parallel=True,
     ),
-    "phi3": Family(),
+    "phi3": Family(windows=True),
     "gptj": Family(
         gated=False,
         mlp_bias=True,
@@ -287,15 +353,24 @@ FAMILIES: dict[str, Family] = {
         qkv_bias="use_bias",
         out_bias="use_bias",
         mlp_bias="use_bias",
+        windows=True,
         norm_vectors=2,
         tied=True,
         defaults={"num_key_value_heads": 2, "use_bias": True},
     ),
     "olmo": replace(_ATTENTION_BIAS, norm_vectors=0),
     "olmo2": replace(_ATTENTION_BIAS, norms=_POST_NORMS, qk_norm="width"),
-    "olmo3": replace(_ATTENTION_BIAS, norms=_POST_NORMS, qk_norm="width"),
+    "olmo3": replace(
+        _ATTENTION_BIAS,
+        norms=_POST_NORMS,
+        qk_norm="width",
+        every=_PATTERN,
+        defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
+    ),
     "cohere": replace(_COHERE, qk_norm="width", qk_norm_if="use_qk_norm"),
-    "cohere2": _COHERE,
+    "cohere2": replace(
+        _COHERE, every=_PATTERN, defaults={"sliding_window": 4096, "sliding_window_pattern": 4}
+    ),
     "granite": _LLAMA,
     "nemotron": replace(_LLAMA, gated=False, norm_vectors=2),
     "smollm3": replace(_LLAMA, tied=True, defaults={"num_key_value_heads": 4}),
@@ -314,8 +389,164 @@ FAMILIES: dict[str, Family] = {
         defaults={"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True},
     ),
     "arcee": replace(_LLAMA, gated=False),
-    "exaone4": Family(norms=_POST_NORMS, qk_norm="head", defaults={"num_key_value_heads": 32}),
+    "exaone4": Family(
+        norms=_POST_NORMS,
+        qk_norm="head",
+        every=_PATTERN,
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096, "sliding_window_pattern": 4},
+    ),
     "internlm": Family(qkv_bias="bias", out_bias="bias", kv_heads=False, defaults={"bias": True}),
     "internlm2": Family(qkv_bias="bias", out_bias="bias", defaults={"bias": True}),
     "baichuan": Family(kv_heads=False),
+    "mixtral": Family(
+        windows=True,
+        experts="num_local_experts",
+        expert_width="intermediate_size",
+        reads=("num_local_experts",),
+        defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "qwen2_moe": Family(
+        qkv_bias=True,
+        experts="num_experts",
+        expert_step="decoder_sparse_step",
+        shared="shared_expert_intermediate_size",
+        shared_gate=True,
+        windows_from="max_window_layers",
+        reads=("num_experts",),
+        defaults={
+            "num_key_value_heads": 16,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+        },
+    ),
+    "qwen3_moe": replace(
+        _ATTENTION_BIAS,
+        qk_norm="head",
+        windows=True,
+        experts="num_experts",
+        expert_step="decoder_sparse_step",
+        reads=("num_experts",),
+        defaults={
+            "num_key_value_heads": 4,
+            "use_sliding_window": False,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+    ),
+    "olmoe": replace(
+        _ATTENTION_BIAS,
+        qk_norm="width",
+        experts="num_experts",
+        expert_width="intermediate_size",
+        reads=("num_experts",),
+        defaults={"num_experts": 64, "num_experts_per_tok": 8},
+    ),
+    "gpt_oss": replace(
+        _ATTENTION_BIAS,
+        sinks=True,
+        every=_PATTERN,
+        experts="num_local_experts",
+        expert_width="intermediate_size",
+        router_bias=True,
+        expert_bias=True,
+        reads=("num_local_experts",),
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "attention_bias": True,
+            "sliding_window": 128,
+            "sliding_window_pattern": 2,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+        },
+    ),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": replace(_DEEPSEEK, router_bias=True),
+    "kimi_k2": replace(_DEEPSEEK, router_bias=True),
+    "qwen3_next": replace(
+        _ATTENTION_BIAS,
+        mixer="delta",
+        qk_norm="head",
+        output_gate=True,
+        every="full_attention_interval",
+        experts="num_experts",
+        expert_step="decoder_sparse_step",
+        shared="shared_expert_intermediate_size",
+        shared_gate=True,
+        reads=("num_experts", "linear_num_value_heads"),
+        defaults={
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "full_attention_interval": 4,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_conv_kernel_dim": 4,
+            "num_experts": 512,
+            "num_experts_per_tok": 10,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+        },
+    ),
+    "mamba2": Family(
+        mixer="mamba2",
+        norms=_ONE_NORM,
+        state_heads="num_heads",
+        state_head_dim="head_dim",
+        state_bias="use_bias",
+        reads=("state_size", "ssm_state_size"),
+        defaults={
+            "num_heads": 128,
+            "head_dim": 64,
+            "ssm_state_size": 128,
+            "n_groups": 8,
+            "conv_kernel": 4,
+            "expand": 2,
+        },
+    ),
+    "nemotron_h": replace(
+        _ATTENTION_BIAS,
+        mixer="pattern",
+        gated=False,
+        mlp_bias="mlp_bias",
+        experts="n_routed_experts",
+        shared="moe_shared_expert_intermediate_size",
+        router_bias=True,
+        reads=("ssm_state_size", "hybrid_override_pattern", "n_routed_experts"),
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "ssm_state_size": 128,
+            "n_groups": 8,
+            "conv_kernel": 4,
+        },
+    ),
+    "llama4_text": replace(
+        _ATTENTION_BIAS,
+        mixer="chunked",
+        every="no_rope_layer_interval",
+        experts="num_local_experts",
+        expert_width="intermediate_size",
+        expert_step="interleave_moe_layer_step",
+        shared="intermediate_size",
+        dense_width="intermediate_size_mlp",
+        reads=("num_local_experts",),
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_chunk_size": 8192,
+            "intermediate_size_mlp": 16384,
+            "no_rope_layer_interval": 4,
+            "num_local_experts": 16,
+            "num_experts_per_tok": 1,
+        },
+    ),
+    "deci": Family(),
 }
