@@ -249,6 +249,14 @@ def test_active_parameters_are_the_published_ones(name, printed, embeddings) -> 
     assert float(printed) in (round(found / 1e9, decimals), cut)
 
 
+def test_dense_models_are_those_without_experts_states_and_latents() -> None:
+    families = {"gpt_oss", "deepseek_v2", "deepseek_v3", "qwen3_next", "mamba2", "nemotron_h"}
+    others = families | {"llama4_text", "mixtral", "qwen3_moe"}
+    for name in model_names():
+        config = read_json_object(data_path("models", *f"{name}.json".split("/")))
+        assert load_model(name).is_dense == (config["model_type"] not in others)
+
+
 def test_kv_heads_may_differ_from_layer_to_layer() -> None:
     deci = LLAMA | {"model_type": "deci", "num_key_value_heads_per_layer": [4, 2]}
     assert [block.mixer.kv_heads for _, block in load_model(deci).blocks] == [4, 2]

@@ -164,6 +164,14 @@ class Model:
         return self._outer_parameters + inner
 
     @property
+    def is_dense(self) -> bool:
+        """Whether every layer is softmax attention and a dense MLP."""
+        return all(
+            isinstance(block.mixer, Attention) and isinstance(block.mlp, MLP)
+            for _, block in self.blocks
+        )
+
+    @property
     def layers(self) -> int:
         """Number of layers."""
         return sum(count for count, _ in self.blocks)

@@ -14,8 +14,9 @@ from rooflm.show.figures import bars
 from rooflm.show.tables import Table, table
 from rooflm.show.words import number, si
 
+_DENSE = tuple(name for name in model_names() if load_model(name).is_dense)
 FINETUNING_CONTROLS = (
-    Control("model", "Model", "choice", tuple(model_names()), "meta-llama/Llama-2-70b-hf"),
+    Control("model", "Model", "choice", _DENSE, "meta-llama/Llama-2-70b-hf"),
     Control("device", "Device", "choice", tuple(hardware_names()), "nvidia-a6000"),
     Control(
         "base", "Frozen base", "choice",
