@@ -234,6 +234,16 @@ def test_the_table_adds_up_and_says_what_it_is_of(capsys):
     assert "48 GiB (51.54 GB)" in out
 
 
+def test_a_state_has_a_format_of_its_own(capsys):
+    def cache(*more):
+        out = run(capsys, "memory", "mamba2-2.7b", A6000, "--json", *more)[1]
+        return json.loads(out)["kv_cache"]
+
+    conv = 64 * 3 * (5120 + 256) * 2
+    assert cache() - conv == 64 * 80 * 64 * 128 * 4
+    assert cache("--state", "bf16") - conv == 64 * 80 * 64 * 128 * 2
+
+
 def run_process(redirect, **environment):
     line = f'"{sys.executable}" -m rooflm analyze {LLAMA} {A6000} {redirect}'
     env = os.environ | {"PYTHONPATH": str(LIB)} | environment

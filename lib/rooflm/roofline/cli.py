@@ -250,6 +250,9 @@ def _parser() -> argparse.ArgumentParser:
         for kind in ("weights", "activations", "kv-cache"):
             added.add_argument(f"--{kind}", default="fp16", metavar="FORMAT", help="default: fp16")
         added.add_argument(
+            "--state", default="fp32", metavar="FORMAT", help="recurrent states; default: fp32"
+        )
+        added.add_argument(
             "--attention", default="flash", choices=ATTENTIONS, help="default: flash"
         )
         added.add_argument(
@@ -293,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _precision(options: argparse.Namespace) -> Precision:
-    return Precision(options.weights, options.activations, options.kv_cache)
+    return Precision(options.weights, options.activations, options.kv_cache, options.state)
 
 
 def _step(options: argparse.Namespace, batch: int, context: int) -> ForwardPass:
