@@ -6,12 +6,16 @@ alternative text, which is also what a terminal shows.
 
 try:
     from rooflm.show.checks import check, checks
+    from rooflm.show.eviction_explorer import eviction_explorer
     from rooflm.show.figures import bars, figure, lines, memory_bars, operator_bars, roofline, roofs
     from rooflm.show.finetuning_explorer import finetuning_explorer
+    from rooflm.show.fits_explorer import fits_explorer
     from rooflm.show.formats_explorer import formats_explorer
     from rooflm.show.frontier import Measured, frontier
     from rooflm.show.grids import grids
+    from rooflm.show.kv_bits_explorer import kv_bits_explorer
     from rooflm.show.methods_explorer import methods_explorer
+    from rooflm.show.paging_explorer import paging_explorer
     from rooflm.show.pass_explorer import explorer
     from rooflm.show.scatter import scatter
     from rooflm.show.tables import operators, table
@@ -28,17 +32,21 @@ __all__ = [
     "check",
     "checks",
     "equation",
+    "eviction_explorer",
     "explorer",
     "figure",
     "finetuning_explorer",
+    "fits_explorer",
     "formats_explorer",
     "frontier",
     "grids",
+    "kv_bits_explorer",
     "lines",
     "memory_bars",
     "methods_explorer",
     "operator_bars",
     "operators",
+    "paging_explorer",
     "roofline",
     "roofs",
     "say",

@@ -1,0 +1,1 @@
+"""KV caches behind one protocol: full, quantized, windowed, evicting, paged, latent."""
