@@ -206,6 +206,7 @@ def windows(model: Model) -> list[int]:
         ("google/gemma-3-1b-pt", {512: 22, 0: 4}),
         # The gpt-oss model card, section 2.2: alternating banded and full.
         ("openai/gpt-oss-120b", {128: 18, 0: 18}),
+        ("Qwen/Qwen3-30B-A3B", {0: 48}),
     ],
 )
 def test_windows_stand_in_the_layers_that_the_report_names(name, layers) -> None:
@@ -225,6 +226,9 @@ def test_hybrids_have_the_layers_that_their_reports_name() -> None:
     # arXiv 2504.03624, table 1: 118 layers, 10 of attention, 54 of Mamba-2, 54 MLPs.
     nemotron = kinds("nvidia/Nemotron-H-56B-Base-8K")
     assert nemotron == {"Mamba2": 54, "NoneType": 54, "Attention": 10}
+    # arXiv 2501.08313, section 2: one layer of softmax attention after seven of lightning.
+    minimax = kinds("MiniMaxAI/MiniMax-Text-01")
+    assert minimax == {"LinearAttention": 70, "Attention": 10}
     scout = load_model("meta-llama/Llama-4-Scout-17B-16E")
     assert {block.mixer.chunk: count for count, block in scout.blocks} == {8192: 36, 0: 12}
 
@@ -251,10 +255,39 @@ def test_active_parameters_are_the_published_ones(name, printed, embeddings) -> 
 
 def test_dense_models_are_those_without_experts_states_and_latents() -> None:
     families = {"gpt_oss", "deepseek_v2", "deepseek_v3", "qwen3_next", "mamba2", "nemotron_h"}
-    others = families | {"llama4_text", "mixtral", "qwen3_moe"}
+    others = families | {"llama4_text", "minimax", "mixtral", "qwen3_moe"}
     for name in model_names():
         config = read_json_object(data_path("models", *f"{name}.json".split("/")))
         assert load_model(name).is_dense == (config["model_type"] not in others)
+
+
+def test_minimax_prints_its_active_parameters_without_embedding_and_head() -> None:
+    model = load_model("MiniMaxAI/MiniMax-Text-01")
+    tables = 2 * model.vocab * model.hidden
+    assert round((model.active_parameters - tables) / 1e9, 1) == 45.9  # arXiv 2501.08313
+
+
+def test_nemotron_3_prints_its_active_parameters_with_and_without_the_embedding() -> None:
+    # arXiv 2512.20848: 31.6B, of which 3.6B, or 3.2B without the embedding, are active.
+    model = load_model("nvidia/Nemotron-3-Nano-30B-A3B")
+    assert round(model.parameters / 1e9, 1) == 31.6
+    assert round(model.active_parameters / 1e9, 1) == 3.6
+    assert round((model.active_parameters - model.vocab * model.hidden) / 1e9, 1) == 3.2
+
+
+def test_a_list_of_kinds_says_what_a_pattern_says() -> None:
+    listed = without(NEMOTRON, "hybrid_override_pattern", "num_hidden_layers")
+    listed["layers_block_type"] = ["mamba", "attention"]
+    assert load_model(listed) == load_model(NEMOTRON)
+    listed["layers_block_type"] = ["linear_attention", "full_attention"]  # as it is saved today
+    assert load_model(listed) == load_model(NEMOTRON)
+
+
+def test_llama_4_without_a_chunk_sees_everything() -> None:
+    chunks = [block.mixer.chunk for _, block in load_model(LLAMA4).blocks]
+    assert chunks == [8192]
+    none = load_model(LLAMA4 | {"attention_chunk_size": None})
+    assert [block.mixer.chunk for _, block in none.blocks] == [0]
 
 
 def test_kv_heads_may_differ_from_layer_to_layer() -> None:
@@ -272,6 +305,10 @@ def test_a_whole_float_is_a_size() -> None:
 
 # What is refused
 
+NEMOTRON = LLAMA | {"model_type": "nemotron_h", "hybrid_override_pattern": "M*"}
+NEMOTRON |= {"mamba_num_heads": 8, "mamba_head_dim": 8}
+LLAMA4 = LLAMA | {"model_type": "llama4_text"}
+NEXT = LLAMA | {"model_type": "qwen3_next", "full_attention_interval": 2}
 GPTJ = {"model_type": "gptj", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 50}
 BAD = [
     (without(LLAMA, "hidden_size"), "hidden_size is missing; allowed names: also n_embd"),
@@ -307,7 +344,25 @@ BAD = [
     (LLAMA | {"model_type": "mixtral", "num_local_experts": "8"}, "num_local_experts is '8'"),
     (LLAMA | {"model_type": "deepseek_v3"}, "kv_lora_rank is missing"),
     (LLAMA | {"model_type": "llama4_text", "layer_types": ["full_attention"]}, "a list of 2"),
-    (LLAMA | {"model_type": "nemotron_h", "hybrid_override_pattern": "MX"}, "letters M, *, -"),
+    (NEMOTRON | {"hybrid_override_pattern": "MX"}, "letters M, *, -"),
+    (NEMOTRON | {"hybrid_override_pattern": "M"}, "2 of the letters M, *, -"),
+    (NEMOTRON | {"layers_block_type": ["mamba"]}, "layers_block_type is ['mamba']; allowed: a li"),
+    (NEMOTRON | {"layers_block_type": ["mamba", "M"]}, "layers_block_type holds 'M'; allowed: mam"),
+    (NEMOTRON | {"layers_block_type": [["mamba"], "moe"]}, "layers_block_type holds ['mamba']"),
+    (without(NEMOTRON, "num_hidden_layers"), "num_hidden_layers is missing"),
+    (NEMOTRON | {"moe_latent_size": 1024}, "moe_latent_size is 1024; allowed in this family: none"),
+    (NEMOTRON | {"attention_bias": True}, "attention_bias is True; allowed in this family: none"),
+    (NEMOTRON | {"mlp_bias": True}, "mlp_bias is True; allowed in this family: none"),
+    (LLAMA | {"use_sliding_window": True}, "use_sliding_window is True; allowed in this family"),
+    (LLAMA | {"layer_types": ["sliding_attention"] * 2}, "layer_types holds 'sliding_attention'"),
+    (MISTRAL | {"layer_types": "full_attention"}, "layer_types is 'full_attention'; allowed: a l"),
+    (MISTRAL | {"layer_types": [[], None]}, "layer_types holds []; allowed: full_attention, slid"),
+    (LLAMA4 | {"no_rope_layers": [1]}, "no_rope_layers is [1]; allowed: a list of 2"),
+    (LLAMA4 | {"no_rope_layers": [1, 2]}, "no_rope_layers is [1, 2]; allowed: a list of 0 and 1"),
+    (LLAMA4 | {"moe_layers": 3}, "moe_layers is 3; allowed: a list of layer numbers"),
+    (LLAMA4 | {"moe_layers": [0.5]}, "moe_layers is [0.5]"),
+    (LLAMA | {"model_type": "minimax"}, "layer_types is missing; allowed: a list of full_attent"),
+    (NEXT | {"num_key_value_heads_per_layer": [2, 2]}, "num_key_value_heads_per_layer is given"),
     (LLAMA | {"model_type": "deci", "num_key_value_heads_per_layer": [4]}, "allowed: a list of 2"),
     (LLAMA | {"model_type": "deci", "num_key_value_heads_per_layer": [4, 3]}, "a divisor"),
     (LLAMA | {"model_type": "mamba2", "num_heads": 6, "head_dim": 16}, "n_groups is 8"),
@@ -455,7 +510,10 @@ VALUES = st.recursive(
     ),
     max_leaves=3,
 )
-NAMES = sorted({name for row in COUNTS for name in row["config"]} | {"text_config", "num_experts"})
+NAMES = sorted(
+    {name for row in COUNTS for name in row["config"]}
+    | {"text_config", "num_experts", "num_key_value_heads_per_layer", "moe_latent_size"}
+)
 FIELDS = st.one_of(st.sampled_from(NAMES), st.text(max_size=12))
 
 

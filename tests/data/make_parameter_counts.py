@@ -370,6 +370,30 @@ AS_LLAMA: dict[str, tuple[Config, Config]] = {
     ),
 }
 
+# Released under a name of its own, with the shapes of deepseek_v3.
+AS_DEEPSEEK: dict[str, Config] = {
+    "moonshotai/Kimi-K2-Instruct": sizes(
+        "kimi_k2",
+        7168,
+        18432,
+        61,
+        64,
+        163840,
+        kv=64,
+        tied=False,
+        moe_intermediate_size=2048,
+        q_lora_rank=1536,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        n_routed_experts=384,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        first_k_dense_replace=1,
+    ),
+}
+
 SMALL = {
     "hidden_size": 640,
     "num_hidden_layers": 4,
@@ -424,6 +448,18 @@ MAMBA = {
     "hidden_size": 96, "num_hidden_layers": 3, "num_heads": 12, "head_dim": 16, "state_size": 8,
     "n_groups": 2, "vocab_size": 517, "pad_token_id": 0,
 }  # fmt: skip
+NEMOTRON = {
+    "hidden_size": 96, "num_hidden_layers": 8, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "head_dim": 12, "intermediate_size": 101, "vocab_size": 517, "mamba_num_heads": 6,
+    "mamba_head_dim": 8, "ssm_state_size": 5, "n_groups": 2, "n_routed_experts": 7,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 33,
+    "moe_shared_expert_intermediate_size": 41, "hybrid_override_pattern": "M-M*ME*-",
+}  # fmt: skip
+LISTED = {"layers_block_type": ["mamba", "moe", "attention", "mlp"] * 2}
+LIGHTNING = SMALL | {
+    "num_key_value_heads": 8, "head_dim": 12, "num_local_experts": 3,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}  # fmt: skip
 
 # What varies in each family, one change at a time; {} is the class's own defaults.
 TIE: list[Config] = [{}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}]
@@ -463,7 +499,41 @@ MUTANTS: dict[str, tuple[Config, list[Config]]] = {
     ),
     "llama4_text": (
         SMALL | {"num_key_value_heads": 8, "head_dim": 20},
-        [{}, {"interleave_moe_layer_step": 2, "num_local_experts": 3}, *BIAS],
+        [
+            {},
+            {"interleave_moe_layer_step": 2, "num_local_experts": 3},
+            {"interleave_moe_layer_step": 3},
+            {"moe_layers": [0, 3]},
+            {"moe_layers": []},
+            {"no_rope_layers": [1, 0, 0, 0]},
+            *BIAS,
+        ],
+    ),
+    "nemotron_h": (
+        NEMOTRON,
+        [
+            {},
+            {"use_bias": True},
+            {"mamba_proj_bias": True},
+            {"use_conv_bias": False},
+            {"conv_kernel": 3, "n_groups": 1},
+            {"expand": 3},
+            {"n_shared_experts": 2},
+            {"num_key_value_heads": 6, "head_dim": 20},
+            {"mamba_num_heads": 10, "mamba_head_dim": 7},
+            {"hybrid_override_pattern": "MMMM*MMM"},
+            LISTED,
+        ],
+    ),
+    "minimax": (
+        LIGHTNING,
+        [
+            *TIE,
+            {"num_key_value_heads": 1},
+            {"head_dim": 24},
+            {"num_local_experts": 5, "num_experts_per_tok": 3},
+            {"layer_types": ["linear_attention"] * 3 + ["full_attention"]},
+        ],
     ),
     "llama": (SMALL, [*WIDE, *BIAS, *MLP_BIAS, {"num_key_value_heads": None}]),
     "mistral": (SMALL, WIDE),
@@ -563,6 +633,8 @@ def entries() -> list[Config]:
         add(name, config, oracle)
     for name, (config, as_llama) in AS_LLAMA.items():
         add(name, config, f"sum of shapes of LlamaForCausalLM of those sizes, {built}", as_llama)
+    for name, config in AS_DEEPSEEK.items():
+        add(name, config, f"{oracle}, as deepseek_v3", config | {"model_type": "deepseek_v3"})
     for kind, (base, changes) in MUTANTS.items():
         for change in changes:
             label = ", ".join(f"{key} {value}" for key, value in change.items()) or "defaults"

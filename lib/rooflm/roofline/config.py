@@ -21,8 +21,7 @@ from rooflm.roofline.mixers import Mixer
 from rooflm.roofline.mlp import FeedForward
 from rooflm.roofline.model import Block, Model
 from rooflm.roofline.numeric import shorten, unknown
-
-LARGEST_LAYERS = 100_000
+from rooflm.roofline.patterns import layer_count
 
 
 def load_model(source: str | os.PathLike[str] | Config | Model, name: str | None = None) -> Model:
@@ -86,7 +85,7 @@ def _build(config: Config, name: str | None) -> Model:
     family_name, family = _family(config)
     _refuse_unsupported(config, family)
     hidden = required(config, "hidden_size", family)
-    layers = required(config, "num_hidden_layers", family, LARGEST_LAYERS)
+    layers = layer_count(config, family)
     vocab = required(config, "vocab_size", family)
     if family_name == "falcon":
         family = _falcon(config, family)
@@ -158,6 +157,11 @@ def _refuse_unsupported(config: Config, family: Family) -> None:
         value = config.get(field)
         if not any(value == calm for calm in harmless):
             raise ValueError(f"{field} is {shorten(value)}; allowed: {allowed}")
+    for field in family.forbids:
+        if config.get(field) not in (None, False):  # a 0 is one of these
+            raise ValueError(
+                f"{field} is {shorten(config[field])}; allowed in this family: none of it"
+            )
 
 
 def _family(config: Config) -> tuple[str, Family]:

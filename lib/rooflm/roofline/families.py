@@ -1,4 +1,4 @@
-"""What each family of dense decoders has, as data: one row a `model_type`.
+"""What each family of decoders has, as data: one row a `model_type`.
 
 The rows state what the released modelling code builds: which projections have a bias, which
 norms stand where, how wide the MLP is when the config doesn't say. They are plain data, so
@@ -89,19 +89,23 @@ class Family:
     fixed_mlp : whether intermediate_size must be that ratio.
     tied : whether the head is the embedding's matrix when tie_word_embeddings is absent.
     mixer : what the layers are made of: "attention" (full and windowed), "chunked" (full and
-        chunked), "delta" (full and Gated DeltaNet), "latent", "mamba2", "pattern" (a letter each).
+        chunked), "delta" (full and Gated DeltaNet), "lightning" (full and linear attention),
+        "latent", "mamba2", "pattern" (a letter each).
     windows : whether every layer has the config's window, if it gives one.
-    every : the field that says that every n-th layer is a full one; "" where all others are not.
-    windows_from : the field that says how many layers stay full before the windowed ones.
+    every : every n-th layer is a full one: n, or the field that says it; "" for no such rule.
+    windows_from, windows_until : the fields that say how many layers stay full before the windowed
+        ones, and after how many layers all are full again.
+    full_list : the field that lists 0 for a full layer and 1 for another, where `every` isn't it.
     sinks, output_gate : as in `mixers.Attention`.
-    experts, expert_width, expert_step : the fields of their number, their width and of the
-        interval of layers that have them; "" for none.
+    experts, expert_width, expert_step, expert_list : the fields of their number, their width, of
+        the interval of layers that have them, and of a list of these; "" for none.
     shared : the field of the shared expert's width, or n_shared_experts, a multiple of
         expert_width; shared_gate, router_bias, expert_bias : as in `mlp.Experts`.
     dense_width : the field of the dense layers' width where it is not intermediate_size.
     state_heads, state_head_dim, state_bias : the fields of a state layer's heads, their width, and
         of whether its projections have a bias.
     reads : fields of `UNSUPPORTED` that this family has a place for.
+    forbids : fields that must be off or absent, though other families read them.
     defaults : what an absent field means; a switch that is not named here is off, and
         num_key_value_heads is num_attention_heads.
     """
@@ -131,22 +135,26 @@ class Family:
     tied: bool = False
     mixer: str = "attention"
     windows: bool = False
-    every: str = ""
+    every: str | int = ""
     windows_from: str = ""
+    windows_until: str = ""
+    full_list: str = ""
     sinks: bool = False
     output_gate: bool = False
     experts: str = ""
     expert_width: str = "moe_intermediate_size"
     expert_step: str = ""
+    expert_list: str = ""
     shared: str = ""
     shared_gate: bool = False
     router_bias: bool = False
     expert_bias: Flag = False
     dense_width: str = ""
-    state_heads: str = "mamba_num_heads"
-    state_head_dim: str = "mamba_head_dim"
-    state_bias: str = "mamba_proj_bias"
+    state_heads: str = ""
+    state_head_dim: str = ""
+    state_bias: str = ""
     reads: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
     defaults: dict[str, int | bool] = field(default_factory=dict)
 
 
@@ -213,13 +221,8 @@ FAMILIES: dict[str, Family] = {
         _ATTENTION_BIAS,
         norms=_FOUR_NORMS,
         tied=True,
-        every=_PATTERN,
-        defaults={
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "sliding_window": 4096,
-            "sliding_window_pattern": 2,
-        },
+        every=2,
+        defaults={"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096},
     ),
     # The text part of a multimodal Gemma-3 leaves out what equals these.
     "gemma3_text": replace(
@@ -364,8 +367,8 @@ FAMILIES: dict[str, Family] = {
         _ATTENTION_BIAS,
         norms=_POST_NORMS,
         qk_norm="width",
-        every=_PATTERN,
-        defaults={"sliding_window": 4096, "sliding_window_pattern": 4},
+        every=4,
+        defaults={"sliding_window": 4096},
     ),
     "cohere": replace(_COHERE, qk_norm="width", qk_norm_if="use_qk_norm"),
     "cohere2": replace(
@@ -411,7 +414,8 @@ FAMILIES: dict[str, Family] = {
         expert_step="decoder_sparse_step",
         shared="shared_expert_intermediate_size",
         shared_gate=True,
-        windows_from="max_window_layers",
+        every=2,
+        windows_until="max_window_layers",
         reads=("num_experts",),
         defaults={
             "num_key_value_heads": 16,
@@ -450,7 +454,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": replace(
         _ATTENTION_BIAS,
         sinks=True,
-        every=_PATTERN,
+        every=2,
         experts="num_local_experts",
         expert_width="intermediate_size",
         router_bias=True,
@@ -461,7 +465,6 @@ FAMILIES: dict[str, Family] = {
             "head_dim": 64,
             "attention_bias": True,
             "sliding_window": 128,
-            "sliding_window_pattern": 2,
             "num_local_experts": 128,
             "num_experts_per_tok": 4,
         },
@@ -511,15 +514,18 @@ FAMILIES: dict[str, Family] = {
             "expand": 2,
         },
     ),
-    "nemotron_h": replace(
-        _ATTENTION_BIAS,
+    "nemotron_h": Family(
         mixer="pattern",
         gated=False,
-        mlp_bias="mlp_bias",
         experts="n_routed_experts",
         shared="moe_shared_expert_intermediate_size",
         router_bias=True,
+        state_heads="mamba_num_heads",
+        state_head_dim="mamba_head_dim",
+        state_bias="use_bias",
         reads=("ssm_state_size", "hybrid_override_pattern", "n_routed_experts"),
+        # Experts in a narrower space (Nemotron-3-Super) are not those of `mlp.Experts`.
+        forbids=("attention_bias", "mlp_bias", "moe_latent_size"),
         defaults={
             "num_key_value_heads": 8,
             "head_dim": 128,
@@ -532,9 +538,11 @@ FAMILIES: dict[str, Family] = {
         _ATTENTION_BIAS,
         mixer="chunked",
         every="no_rope_layer_interval",
+        full_list="no_rope_layers",
         experts="num_local_experts",
         expert_width="intermediate_size",
         expert_step="interleave_moe_layer_step",
+        expert_list="moe_layers",
         shared="intermediate_size",
         dense_width="intermediate_size_mlp",
         reads=("num_local_experts",),
@@ -547,6 +555,14 @@ FAMILIES: dict[str, Family] = {
             "num_local_experts": 16,
             "num_experts_per_tok": 1,
         },
+    ),
+    # Its layer_types is required: the class's default alternates, the released model does not.
+    "minimax": Family(
+        mixer="lightning",
+        experts="num_local_experts",
+        expert_width="intermediate_size",
+        reads=("num_local_experts",),
+        defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
     ),
     "deci": Family(),
 }

@@ -18,14 +18,8 @@ from rooflm.roofline.families import ALIASES, Family
 from rooflm.roofline.fields import Config, boolean, flag, required, size
 from rooflm.roofline.mixers import Attention, LatentAttention, Mixer
 from rooflm.roofline.mlp import MLP, Experts, FeedForward
-from rooflm.roofline.numeric import shorten
-from rooflm.roofline.states import GatedDeltaNet, Mamba2
-
-_KINDS = {
-    "attention": ("full_attention", "sliding_attention"),
-    "chunked": ("full_attention", "chunked_attention"),
-    "delta": ("full_attention", "linear_attention"),
-}
+from rooflm.roofline.patterns import layer_kinds, layer_letters, one_per_layer, sparse_layers
+from rooflm.roofline.states import GatedDeltaNet, LinearAttention, Mamba2
 
 
 def layer_mixers(config: Config, family: Family, hidden: int, layers: int) -> list[Mixer | None]:
@@ -36,14 +30,18 @@ def layer_mixers(config: Config, family: Family, hidden: int, layers: int) -> li
         return [_mamba2(config, family, hidden)] * layers
     if family.mixer == "pattern":
         made: dict[str, Mixer | None] = {"-": None, "E": None}
-        return [_patterned(kind, made, config, family, hidden) for kind in _pattern(config, layers)]
+        return [
+            _patterned(kind, made, config, family, hidden) for kind in layer_letters(config, layers)
+        ]
     full = _attention(config, family, hidden)
-    kinds = _layer_kinds(config, family, layers)
+    kinds = layer_kinds(config, family, layers)
     other: Mixer = full
-    if family.mixer == "chunked":
+    if "chunked_attention" in kinds:
         other = replace(full, chunk=required(config, "attention_chunk_size", family))
     elif family.mixer == "delta":
         other = _gated_delta_net(config, family, hidden)
+    elif family.mixer == "lightning":
+        other = LinearAttention(hidden, full.heads, full.head_dim)
     elif "sliding_attention" in kinds:
         other = replace(full, window=required(config, "sliding_window", family))
     mixers: list[Mixer | None] = [full if kind == "full_attention" else other for kind in kinds]
@@ -57,70 +55,17 @@ def layer_mlps(
     if family.mixer == "mamba2":
         return [None] * layers
     if family.mixer == "pattern":
-        kinds = _pattern(config, layers)
+        kinds = layer_letters(config, layers)
         dense = _dense(config, family, hidden) if "-" in kinds else None
         sparse = _experts(config, family, hidden) if "E" in kinds else None
         return [{"-": dense, "E": sparse}.get(kind) for kind in kinds]
-    sparse_layers = _sparse_layers(config, family, layers)
-    experts = _experts(config, family, hidden) if any(sparse_layers) else None
-    mlp = None if all(sparse_layers) else _dense(config, family, hidden)
-    return [experts if sparse else mlp for sparse in sparse_layers]
+    which = sparse_layers(config, family, layers)
+    experts = _experts(config, family, hidden) if any(which) else None
+    mlp = None if all(which) else _dense(config, family, hidden)
+    return [experts if sparse else mlp for sparse in which]
 
 
-# ---- which kind each layer is
-
-
-def _layer_kinds(config: Config, family: Family, layers: int) -> list[str]:
-    """A name of `_KINDS` for every layer: the config's list, or the family's rule."""
-    allowed = _KINDS[family.mixer]
-    given = config.get("layer_types")
-    windowed = family.mixer != "attention" or _has_window(config, family)
-    if given is not None:
-        if not isinstance(given, (list, tuple)) or len(given) != layers:
-            raise ValueError(
-                f"layer_types is {shorten(given)}; allowed: a list of {layers}, one for each layer"
-            )
-        for kind in given:
-            if kind not in allowed:
-                raise ValueError(
-                    f"layer_types holds {shorten(kind)}; allowed: {', '.join(allowed)}"
-                )
-        return list(given) if windowed else ["full_attention"] * layers
-    if not windowed:
-        return ["full_attention"] * layers
-    other = allowed[1]
-    if family.every:  # every n-th layer is full
-        interval = size(config, family.every, family, layers * 1000) or 0
-        full = [bool(interval) and (i + 1) % interval == 0 for i in range(layers)]
-    elif family.windows_from:
-        first = size(config, family.windows_from, family, smallest=0) or 0
-        full = [i < first for i in range(layers)]
-    else:
-        full = [False] * layers
-    return ["full_attention" if is_full else other for is_full in full]
-
-
-def _has_window(config: Config, family: Family) -> bool:
-    """Whether the family has windows, and one is given and switched on."""
-    if not (family.windows or family.every or family.windows_from):
-        return False
-    on = boolean(
-        config, "use_sliding_window", bool(family.defaults.get("use_sliding_window", True))
-    )
-    # An explicit null means none, whatever the family's default.
-    null = "sliding_window" in config and config["sliding_window"] is None
-    return on and not null and size(config, "sliding_window", family) is not None
-
-
-def _pattern(config: Config, layers: int) -> str:
-    """A letter a layer: M Mamba-2, * attention, - MLP, E experts (Nemotron-H)."""
-    pattern = config.get("hybrid_override_pattern")
-    if not isinstance(pattern, str) or len(pattern) != layers or set(pattern) - set("M*-E"):
-        raise ValueError(
-            f"hybrid_override_pattern is {shorten(pattern)}; "
-            f"allowed: {layers} of the letters M, *, - and E, one for each layer"
-        )
-    return pattern
+# ---- mixers
 
 
 def _patterned(
@@ -137,32 +82,14 @@ def _own_kv_heads(config: Config, family: Family, mixers: list[Mixer | None]) ->
     given = config.get("num_key_value_heads_per_layer")
     if given is None:
         return mixers
-    if not isinstance(given, (list, tuple)) or len(given) != len(mixers):
-        raise ValueError(
-            f"num_key_value_heads_per_layer is {shorten(given)}; "
-            f"allowed: a list of {len(mixers)}, one for each layer"
-        )
+    counts = one_per_layer("num_key_value_heads_per_layer", given, len(mixers))
     found: list[Mixer | None] = []
-    for mixer, heads in zip(mixers, given, strict=True):
-        assert isinstance(mixer, Attention)
+    for mixer, heads in zip(mixers, counts, strict=True):
+        if not isinstance(mixer, Attention):
+            raise ValueError("num_key_value_heads_per_layer is given; allowed: softmax attention")
         one = {**config, "num_key_value_heads": heads}
         found.append(replace(mixer, kv_heads=_kv_heads(one, family, mixer.heads)))
     return found
-
-
-def _sparse_layers(config: Config, family: Family, layers: int) -> list[bool]:
-    """Which layers have experts."""
-    if not family.experts or not size(config, family.experts, family, smallest=0):
-        return [False] * layers
-    first = size(config, "first_k_dense_replace", family, smallest=0) or 0
-    step = size(config, family.expert_step, family) or 1 if family.expert_step else 1
-    dense = config.get("mlp_only_layers") or []
-    if not isinstance(dense, (list, tuple)) or not all(type(i) is int for i in dense):
-        raise ValueError(f"mlp_only_layers is {shorten(dense)}; allowed: a list of layer numbers")
-    return [i >= first and (i + 1) % step == 0 and i not in dense for i in range(layers)]
-
-
-# ---- mixers
 
 
 def _attention(config: Config, family: Family, hidden: int) -> Attention:

@@ -119,6 +119,8 @@ def variants(name: str = "teacher") -> list[Variant]:
     coded = [Variant(x) for x in ("kivi-2", "kvquant-3", "wkvquant-4", "int4-token", "kivi-4")]
     half = [Variant(x, 256) for x in ("snapkv", "h2o", "random-sinks", "windowed")]
     more = [Variant(x) for x in ("kvquant-2", "binary-10", "binary-10-random", "turbo-3")]
+    pairs = ("token", "channel"), ("token", "token"), ("channel", "channel")  # keys, values
+    more += [Variant(f"k-{k}-v-{v}-2") for k, v in pairs] + [Variant("rotated-4")]
     rest = [Variant("snapkv", 64), *half, Variant("tova", 128)]
     return [Variant(), *first, *coded, *four[:2], *rest, *more]
 
