@@ -214,7 +214,7 @@ def test_a_row_that_is_missing_is_named(folder, few, tmp_path):
         sweep.find_row([], "h20", 16)
 
 
-@pytest.mark.parametrize("name", ["teacher"])  # smollm2 has its first rows so far
+@pytest.mark.parametrize("name", ["teacher", "smollm2"])
 def test_the_committed_map_is_whole_and_of_the_committed_model(name):
     """After a new teacher: python -m rooflm.lab.kvcache --model teacher --fresh."""
     rows = sweep.load_map(name)

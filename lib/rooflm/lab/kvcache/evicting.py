@@ -24,6 +24,7 @@ Chapter: throwing the cache away.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -92,7 +93,7 @@ class _Held:
         self.places, self.scores = (x.gather(2, chosen) for x in (self.places, self.scores))
 
 
-class _EvictingCache:
+class _EvictingCache(ABC):
     """What the caches of this module share; `_score` and `_evict` are the method's."""
 
     def __init__(self, budget: int, recent: int) -> None:
@@ -145,11 +146,13 @@ class _EvictingCache:
 
     def _before(self, held: _Held, new: int) -> None:
         """What happens before a pass of `new` tokens: nothing, as a rule."""
+        return
 
     def _after(self, held: _Held, queries: Tensor) -> None:
         """What happens after a pass with these rotated queries: the surplus goes."""
         held.keep(choose_kept(held.scores, self.budget, self.recent))
 
+    @abstractmethod
     def _score(self, layer: int, old: Tensor, weights: Tensor, places: Tensor) -> Tensor:
         """Scores of all positions, (batch, kv_heads, positions), from those before the pass.
 
@@ -159,7 +162,6 @@ class _EvictingCache:
         weights : as of `attention_weights`.
         places : (batch, kv_heads, positions), in the text.
         """
-        raise NotImplementedError
 
 
 class H2OCache(_EvictingCache):
