@@ -98,17 +98,6 @@ def test_loss_along_is_the_mean_of_pieces(model, tokens):
         torch.testing.assert_close(found[i], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_words_and_tables_are_of_the_map():
-    row = {"method": "h2o", "budget": 8, "weights": "fp32", "bytes_per_token": 1000.0,
-           "difference": 0.01, "difference_low": 0.0, "difference_high": 0.02,
-           "exact": 0.25, "exact_low": 0.1, "exact_high": 0.5}  # fmt: skip
-    table = measures.tabulate([row], {"H2O": ("h2o", 8)})
-    assert table == [("H2O", 0.512, "+0.0100 ± 0.0100", "25% (10% to 50%)")]
-    assert measures.at_budgets([row], {"H2O": "h2o"}, [8]) == [("H2O", "+0.0100 ± 0.0100")]
-    with pytest.raises(ValueError, match="no row of h2o 9"):
-        measures.tabulate([row], {"H2O": ("h2o", 9)})
-
-
 def test_a_step_is_timed_with_the_cache_it_is_given(model):
     cache = measures.noise_cache(model, 10)
     assert cache.length == 10 and cache.nbytes == 3 * 2 * 2 * 10 * 8 * 4

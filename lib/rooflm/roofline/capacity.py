@@ -6,7 +6,7 @@ attention keeps every token, one with a window the last few, a state nothing for
 
 Sources: survey (arXiv 2402.16363), sections 2.3, 5.2 and 7.5, Figures 11, 18 and 19; blocks and
 shared prefixes, PagedAttention, arXiv 2309.06180, sections 4.1 and 4.4; a cache in host memory,
-FlexGen, arXiv 2303.06865, section 3.
+FlexGen, arXiv 2303.06865, section 4.
 
 Chapter: the cache and what it costs; paged attention.
 """

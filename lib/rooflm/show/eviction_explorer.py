@@ -12,7 +12,9 @@ from rooflm.show.frontier import Measured, frontier
 from rooflm.show.tables import Table, table
 
 MODELS = ("teacher", "smollm2")
-METHODS = ("windowed", "window-only", "h2o", "tova", "snapkv", "random", "random-sinks")
+METHODS = (
+    "windowed", "window-only", "h2o", "tova", "snapkv", "snapkv-16-5", "random", "random-sinks",
+)  # fmt: skip
 BUDGETS = (256, 128, 64, 32, 16)
 # {what the reader chooses: (the map's column, its heading)}
 MEASURES = {

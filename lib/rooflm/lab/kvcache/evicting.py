@@ -15,8 +15,9 @@ as query heads and don't say. Keys stay rotated by their positions in the text. 
 after each token; a pass of n tokens evicts n at once here, so that chunks of one token are the
 papers' algorithm and within a longer chunk all its tokens are seen.
 
-Sources: H2O, arXiv 2306.14048, section 4.2, algorithm 1; TOVA, arXiv 2401.06104, section 3.2;
-SnapKV, arXiv 2404.14469, section 4; uniform sample of a stream, Vitter, ACM TOMS 11 (1985), 37.
+Sources: H2O, arXiv 2306.14048, section 4.1, algorithm 1; TOVA, arXiv 2401.06104, section 4;
+SnapKV, arXiv 2404.14469, sections 4.1 (votes) and 4.3 (pooling); uniform sample of a stream,
+Vitter, ACM TOMS 11 (1985), 37.
 
 Chapter: throwing the cache away.
 """
@@ -57,7 +58,7 @@ def choose_kept(scores: Tensor, budget: int, recent: int) -> Tensor:
 
 
 def observed_scores(weights: Tensor, pool: int) -> Tensor:
-    """What a window of queries pays each position and its neighbours (SnapKV, section 4.2).
+    """What a window of queries pays each position and its neighbours (SnapKV, sections 4.1, 4.3).
 
     Parameters
     ----------

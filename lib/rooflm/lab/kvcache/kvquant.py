@@ -48,7 +48,7 @@ def weighted_levels(normalized: Tensor, sensitivity: Tensor, bits: int) -> Tenso
     Tensor
         (2^bits,), rising, FP16 values in float32.
 
-    Source: arXiv 2401.18079, section 3.3, eq. 2.
+    Source: arXiv 2401.18079, section 3.3, eq. 1.
     """
     return squeezellm(normalized.reshape(1, -1), sensitivity.reshape(1, -1), bits).centroids[0]
 

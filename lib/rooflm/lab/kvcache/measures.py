@@ -1,12 +1,11 @@
-"""What the chapter on eviction measures besides the map: loss along a text, rival choices, words.
+"""What the chapter on eviction measures besides the map: loss along a text, rival choices.
 
 Chapter: throwing the cache away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,53 +14,8 @@ from torch.nn import functional
 from rooflm.lab.evaluate import read_through
 from rooflm.lab.kvcache.attention import mass_kept, overlap
 from rooflm.lab.kvcache.evicting import choose_kept, draw_lots, lots_after, observed_scores
-from rooflm.lab.kvcache.sweep import estimate, find_row
 from rooflm.lab.machine import time_call
 from rooflm.lab.model import Cache, FullCache, Transformer
-from rooflm.lab.quantize.map_rows import loss_words
-
-Keys = Mapping[str, tuple[str, int]]
-
-
-def tabulate(rows: Iterable[Mapping[str, Any]], keys: Keys) -> list[tuple[Any, ...]]:
-    """Rows for a table: name, megabytes for 512 tokens, loss added, and what was retrieved.
-
-    Parameters
-    ----------
-    keys : method and budget of each row of the map, by what they are called in the table.
-    """
-    rows = list(rows)
-    found = {name: find_row(rows, *key) for name, key in keys.items()}
-    return [
-        (name, r["bytes_per_token"] * 512 / 1e6, loss_words(r), retrieved(r))
-        for name, r in found.items()
-    ]
-
-
-def at_budgets(
-    rows: Iterable[Mapping[str, Any]], methods: Mapping[str, str], budgets: Sequence[int]
-) -> list[tuple[str, ...]]:
-    """Rows for a table: the loss that each method adds at each budget.
-
-    Parameters
-    ----------
-    methods : {what it is called in the table: its name in the map}.
-    """
-    rows = list(rows)
-    return [
-        (name, *(loss_words(find_row(rows, method, b)) for b in budgets))
-        for name, method in methods.items()
-    ]
-
-
-def retrieved(row: Mapping[str, Any]) -> str:
-    """The share of the cases that were answered, in words.
-
-    >>> retrieved({"exact": 0.5, "exact_low": 0.31, "exact_high": 0.69})
-    '50% (31% to 69%)'
-    """
-    share = estimate(row, "exact")
-    return f"{share.value:.0%} ({share.low:.0%} to {share.high:.0%})"
 
 
 @torch.no_grad()

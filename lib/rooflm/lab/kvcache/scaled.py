@@ -5,13 +5,16 @@
 - `MagnitudeScaled`: the root mean square of a token is stored, and what is left of its numbers
   lies on one table for all tokens and heads, the best for normal numbers (Lloyd and Max). If
   `channels` are given, each channel is divided by its own constant before.
-- `Rotated`: any codec on numbers that a random Hadamard matrix has mixed: QuaRot's way for the
-  cache. With `MagnitudeScaled` inside it is TurboQuant's, of least squared error: after the
-  rotation the numbers *are* about normal. Reading rotates back; a kernel would rotate the
-  queries and the output instead, once a step and not once a position.
+- `Rotated`: any codec on numbers that a random Hadamard matrix has mixed. With `Integers` inside
+  it is like QuaRot's cache, whose codes are asymmetric, clipped to 0.95 of the range and in groups
+  of 128. With `MagnitudeScaled` inside it is TurboQuant's, of least squared error, which rotates
+  by any random orthogonal matrix: after the rotation the numbers *are* about normal. Reading
+  rotates back; a kernel would rotate the queries and the output instead, once a step and not once
+  a position.
 
-Sources: QuaRot, arXiv 2404.00456, section 4, stage 2 (keys after RoPE, values, per token);
-TurboQuant, arXiv 2504.19874, section 3.1 (algorithm 1); Max, 1960.
+Sources: QuaRot, arXiv 2404.00456, section 4, stages 1d (keys are rotated after RoPE) and 2c (the
+cache), and section 5 (its codes); TurboQuant, arXiv 2504.19874, section 3.1 (algorithm 1); Max,
+1960.
 
 Chapter: KV cache quantization.
 """

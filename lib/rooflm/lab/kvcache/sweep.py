@@ -77,6 +77,7 @@ BUDGETED: Mapping[str, Callable[[int, bool], Make]] = {
     "h2o": lambda n, once: partial(H2OCache, n),
     "tova": lambda n, once: partial(TOVACache, n),
     "snapkv": lambda n, once: partial(SnapKVCache, n, again=not once),
+    "snapkv-16-5": lambda n, once: partial(SnapKVCache, n, 16, 5, again=not once),
     "random": lambda n, once: partial(PriorityCache, n),
     "random-sinks": lambda n, once: partial(PriorityCache, n, priority=lots_after(SINKS)),
 }
@@ -114,7 +115,7 @@ def variants(name: str = "teacher") -> list[Variant]:
     if name != SMOLLM2:
         evicting = [Variant(method, budget) for method in BUDGETED for budget in BUDGETS]
         return [Variant(), *evicting, *(Variant(x) for x in QUANTIZED), *four]
-    at_128 = ("snapkv", "h2o", "random", "windowed", "window-only", "random-sinks")
+    at_128 = ("snapkv", "snapkv-16-5", "h2o", "random", "windowed", "window-only", "random-sinks")
     first = [Variant(x, 128) for x in at_128]
     coded = [Variant(x) for x in ("kivi-2", "kvquant-3", "wkvquant-4", "int4-token", "kivi-4")]
     half = [Variant(x, 256) for x in ("snapkv", "h2o", "random-sinks", "windowed")]

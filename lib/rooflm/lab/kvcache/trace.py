@@ -13,7 +13,7 @@ Shares are means over the iterations in which a request waits: only then is an e
 
 Sources: PagedAttention, arXiv 2309.06180, section 3.1 (the kinds of waste), 6.1 (Orca's three ways
 to reserve and the buddy allocator) and Figure 11 (mean lengths); one iteration at a time, Orca,
-OSDI 2022, section 3.1.
+OSDI 2022, section 3 (S1).
 
 Chapter: paged attention.
 """
