@@ -1,9 +1,11 @@
-"""Shared fixtures: the survey's model and device, and a deterministic hypothesis."""
+"""Shared fixtures: the survey's model and device, a small model, a deterministic hypothesis."""
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 import rooflm
+from rooflm.lab.model import Config, Transformer
 
 settings.register_profile(
     "rooflm",
@@ -33,3 +35,18 @@ def llama_70b():
 @pytest.fixture(scope="session")
 def a6000():
     return rooflm.load_hardware("nvidia-a6000")
+
+
+@pytest.fixture(scope="session")
+def sharp():
+    """Makes a random model whose weights are large, so that attention is far from uniform."""
+
+    def make(config: Config, seed: int = 0) -> Transformer:
+        torch.manual_seed(seed)
+        made = Transformer(config).eval().requires_grad_(False)
+        for parameter in made.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+        return made
+
+    return make

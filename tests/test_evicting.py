@@ -18,21 +18,14 @@ from rooflm.lab.kvcache.evicting import (
     observed_scores,
 )
 from rooflm.lab.kvcache.windowed import WindowedCache
-from rooflm.lab.model import Config, FullCache, Rope, Transformer
+from rooflm.lab.model import Config, FullCache, Rope
 
 VOCAB, HEADS, GROUPS, WIDTH = 60, 4, 2, 8
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = Config(VOCAB, hidden=32, layers=3, heads=HEADS, kv_heads=GROUPS, intermediate=48)
-    made = Transformer(config)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
-    return made.eval().requires_grad_(False)
+def model(sharp):
+    return sharp(Config(VOCAB, hidden=32, layers=3, heads=HEADS, kv_heads=GROUPS, intermediate=48))
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,14 @@ from torch.nn import functional
 from rooflm.lab.kvcache import attention, measures
 from rooflm.lab.kvcache.evicting import SnapKVCache
 from rooflm.lab.kvcache.windowed import WindowedCache
-from rooflm.lab.model import Config, Transformer
+from rooflm.lab.model import Config
 
 VOCAB = 60
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    made = Transformer(Config(VOCAB, hidden=32, layers=3, heads=4, kv_heads=2, intermediate=48))
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
-    return made.eval().requires_grad_(False)
+def model(sharp):
+    return sharp(Config(VOCAB, hidden=32, layers=3, heads=4, kv_heads=2, intermediate=48))
 
 
 @pytest.fixture(scope="module")

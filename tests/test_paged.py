@@ -9,19 +9,14 @@ from rooflm.lab.kvcache.beams import beam_search
 from rooflm.lab.kvcache.blocks import OutOfBlocks
 from rooflm.lab.kvcache.paged import PagedCache, PagePool, gather, paged_attention
 from rooflm.lab.kvcache.paged_speed import time_reads
-from rooflm.lab.model import Config, FullCache, Transformer, attend
+from rooflm.lab.model import Config, FullCache, attend
 
 CONFIG = Config(vocab=31, hidden=32, layers=3, heads=4, kv_heads=2, intermediate=48, window=64)
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(3)
-    made = Transformer(CONFIG).eval().requires_grad_(False)
-    for parameter in made.parameters():
-        if parameter.dim() == 2:
-            parameter.mul_(8)  # so that attention is far from uniform
-    return made
+def model(sharp):
+    return sharp(CONFIG, seed=3)
 
 
 def random_tokens(seed, *shape):

@@ -7,7 +7,7 @@ from rooflm.lab import text
 from rooflm.lab.kvcache.evicting import PriorityCache, SnapKVCache
 from rooflm.lab.kvcache.retrieval import PLACES, make_cases, retrieve
 from rooflm.lab.kvcache.windowed import WindowedCache
-from rooflm.lab.model import Config, Transformer
+from rooflm.lab.model import Config
 
 
 @pytest.fixture(scope="module")
@@ -16,14 +16,8 @@ def filler():
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    made = Transformer(Config(2048, hidden=32, layers=2, heads=4, kv_heads=2, intermediate=48))
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(8)
-    return made.eval().requires_grad_(False)
+def model(sharp):
+    return sharp(Config(2048, hidden=32, layers=2, heads=4, kv_heads=2, intermediate=48))
 
 
 @pytest.fixture(scope="module")
