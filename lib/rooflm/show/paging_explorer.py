@@ -158,4 +158,4 @@ def _table(slots: int, plans: dict[str, Placed]) -> Table:
     speeds = (f"{number(plan.tokens_per_second, 3)}/s" for plan in plans.values())
     rows.append(("tokens at the roofs", *speeds))
     total = si(slots, "slots")
-    return table(rows, ["", *plans], caption=f"Three ways to place requests in {total}")
+    return table(rows, ["quantity", *plans], caption=f"Three ways to place requests in {total}")
