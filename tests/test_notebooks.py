@@ -135,6 +135,31 @@ def test_no_output_is_an_error_or_a_warning(path):
 
 
 @RULES
+def test_every_explorer_has_a_stored_page(path):
+    """A cell with an explorer is not compared, so nothing else would miss its output."""
+    _, cells = read(path)
+    tagged = [(where, cell) for where, cell in cells if "widget" in cell.metadata.get("tags", [])]
+    assert not faults(
+        tagged,
+        lambda cell: not any("text/html" in output.get("data", {}) for output in cell.outputs),
+        "no page of the explorer is stored",
+    )
+
+
+@RULES
+def test_no_column_heading_is_empty(path):
+    _, cells = read(path)
+    assert not faults(
+        cells,
+        lambda cell: any(
+            re.search(r"<th[^>]*>\s*</th>", output.get("data", {}).get("text/html", ""))
+            for output in cell.outputs
+        ),
+        "a column heading without a word, which a screen reader can't announce",
+    )
+
+
+@RULES
 def test_cells_are_small(path):
     _, cells = read(path)
     lengths = [len(cell.source.splitlines()) for _, cell in cells]
