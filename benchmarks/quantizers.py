@@ -102,7 +102,7 @@ def trained_layers(name: str, count: int) -> list[Layer]:
     """
     from rooflm.lab import text
     from rooflm.lab.checkpoints import load_checkpoint
-    from rooflm.lab.quantize.calibrate import LINEARS, calibration_rows
+    from rooflm.lab.calibrate import LINEARS, calibration_rows
 
     model = load_checkpoint(name)
     places = [(i, linear) for linear in LINEARS for i in range(len(model.layers))][:count]

@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rooflm.lab import text
+from rooflm.lab import maps, pairs, text
+from rooflm.lab.bench import checkpoint_digest
 from rooflm.lab.checkpoints import load_checkpoint, save_checkpoint
 from rooflm.lab.estimates import ratio_estimate
+from rooflm.lab.finetune import fit, next_token_loss, text_batches
 from rooflm.lab.model import Config, Transformer
 from rooflm.lab.quantize import adapt, ledger, peft
-from rooflm.lab.quantize.bench import checkpoint_digest
 from rooflm.lab.quantize.codecs import to_format
-from rooflm.lab.quantize.finetune import fit, next_token_loss, text_batches
 from rooflm.lab.quantize.ledger import BLOCK, MEASURED, Run, find_rows, find_run, load_ledger
-from rooflm.roofline.datafiles import data_path
 
 TRAINED = {"rank": 2, "learning_rate": 0.01, "steps": 2, "text": "moby_dick"}
 FEW = [
@@ -36,9 +35,9 @@ def short_texts():
         patch.setattr(text, "load_text", lambda name: whole(name)[:12_000])
         patch.setattr(adapt, "CALIBRATION", (2, 64))
         patch.setattr(adapt, "GENERATED", (2, 70))
-        ledger._block_bytes.cache_clear()
+        pairs.block_bytes.cache_clear()
         yield
-    ledger._block_bytes.cache_clear()
+    pairs.block_bytes.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +175,7 @@ def test_an_interrupted_command_goes_on_and_ends_at_the_same_rows(
     folder, few, tmp_path, capsys, monkeypatch
 ):
     assert adapt.main(arguments(folder, tmp_path / "whole.csv")) == 0
-    write, written = adapt.write_rows, []
+    write, written = maps.write_rows, []
 
     def interrupted(*given):
         write(*given)
@@ -184,11 +183,11 @@ def test_an_interrupted_command_goes_on_and_ends_at_the_same_rows(
         if len(written) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapt, "write_rows", interrupted)
+    monkeypatch.setattr(maps, "write_rows", interrupted)
     assert adapt.main(arguments(folder, tmp_path / "parts.csv")) == 130
     assert "goes on" in capsys.readouterr().err
     assert len(without_time(tmp_path / "parts.csv")) == 2
-    monkeypatch.setattr(adapt, "write_rows", write)
+    monkeypatch.setattr(maps, "write_rows", write)
     assert adapt.main(arguments(folder, tmp_path / "parts.csv")) == 0
     assert "2/2  qlora int3-g16 r2 0.01 2 steps moby_dick seed 0 rounded" in capsys.readouterr().out
     assert without_time(tmp_path / "parts.csv") == without_time(tmp_path / "whole.csv")
@@ -290,7 +289,7 @@ def test_runs_are_named_apart():
 
 def test_the_committed_ledger_is_whole_and_of_the_committed_model():
     """After a new teacher: python -m rooflm.lab.quantize.adapt --fresh."""
-    if not data_path(*ledger.LEDGER).exists():
+    if not ledger.LEDGER.path.exists():
         pytest.skip("there is no ledger yet")
     rows = load_ledger()
     for run in ledger.runs():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rooflm.lab import text
+from rooflm.lab import maps, text
+from rooflm.lab.bench import checkpoint_digest
 from rooflm.lab.checkpoints import load_checkpoint, save_checkpoint
 from rooflm.lab.estimates import ratio_estimate
 from rooflm.lab.kvcache import __main__ as command
@@ -14,7 +15,6 @@ from rooflm.lab.kvcache import sweep
 from rooflm.lab.kvcache.sweep import BLOCK, BUDGETED, METHODS, Variant
 from rooflm.lab.kvcache.windowed import WindowedCache
 from rooflm.lab.model import Config, Transformer
-from rooflm.lab.quantize.bench import checkpoint_digest
 from rooflm.lab.quantize.grids import round_to_nearest
 
 FEW = [Variant(), Variant("windowed", 16), Variant("kivi-2"), Variant("full", weights="int4-g64")]
@@ -113,7 +113,7 @@ def test_a_row_holds_what_was_measured_by_hand(folder, few, tmp_path):
         depths = sweep.by_depth(row)
         for i, depth in enumerate(sweep.DEPTHS):  # they take turns
             assert depths[depth].value == row["answered"][i::3].count("1") / 2
-        assert sweep.estimate(row, "exact").high <= 1
+        assert maps.estimate(row, "exact").high <= 1
 
 
 def test_depths_that_take_turns_do_not_widen_the_interval():
@@ -151,7 +151,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_at_the_same_rows(
     folder, few, tmp_path, capsys, monkeypatch
 ):
     assert command.main(arguments(folder, tmp_path / "whole.csv")) == 0
-    write, written = sweep.write_rows, []
+    write, written = maps.write_rows, []
 
     def interrupted(path, columns, rows):
         write(path, columns, rows)
@@ -159,11 +159,11 @@ def test_an_interrupted_sweep_goes_on_and_ends_at_the_same_rows(
         if len(written) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "write_rows", interrupted)
+    monkeypatch.setattr(maps, "write_rows", interrupted)
     assert command.main(arguments(folder, tmp_path / "parts.csv")) == 130
     assert "goes on" in capsys.readouterr().err
     assert len(without_time(tmp_path / "parts.csv")) == 2
-    monkeypatch.setattr(sweep, "write_rows", write)
+    monkeypatch.setattr(maps, "write_rows", write)
     assert command.main(arguments(folder, tmp_path / "parts.csv")) == 0
     assert "2/2  tiny, int4-g64 weights, full" in capsys.readouterr().out  # two were left
     assert without_time(tmp_path / "parts.csv") == without_time(tmp_path / "whole.csv")

@@ -62,7 +62,8 @@ def attention_by_loops(q, k, v):
 def logits_by_formula(model, tokens):
     """The whole model for one sequence, written from the papers, in float64."""
     config, weights = model.config, {k: v.double() for k, v in model.state_dict().items()}
-    n, h, g, d = len(tokens), config.heads, config.kv_heads, config.hidden // config.heads
+    n, h, g = len(tokens), config.heads, config.kv_heads
+    d = config.head_width or config.hidden // h
 
     def norm(x, weight):
         return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * weight
@@ -102,6 +103,16 @@ def test_logits_are_those_of_the_papers_formulas(model, tokens):
         expected = logits_by_formula(model, tokens[row])
         assert expected.abs().max() > 1  # something is being compared
         assert torch.allclose(found[row].double(), expected, atol=1e-4)
+
+
+def test_a_model_whose_heads_were_removed_keeps_their_width(tokens):
+    config = replace(CONFIG, heads=2, kv_heads=1, head_width=8)  # half of CONFIG's
+    smaller = make_model(config)
+    expected = logits_by_formula(smaller, tokens[0])
+    assert torch.allclose(smaller(tokens[:1])[0].double(), expected, atol=1e-4)
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert "head_dim" not in CONFIG.to_dict()
+    assert sum(p.numel() for p in smaller.parameters()) == smaller.to_roofline().parameters
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -277,7 +288,8 @@ def test_impossible_dimensions_are_refused_in_one_line(change, message):
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"factor": 8.0}}, "rope_scaling is .*; allowed for a lab model: None"),
-        ({"head_dim": 16}, "head_dim is 16; allowed for a lab model: 8"),
+        ({"head_dim": 7}, "head_width is 7; allowed: an even int"),
+        ({"head_dim": "8"}, "head_width is '8'"),
         ({"hidden_size": None}, "hidden is None"),
     ],
 )

@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
+from rooflm.lab.calibrate import LINEARS
+from rooflm.lab.finetune import fit, next_token_loss, text_batches
 from rooflm.lab.model import Config, Transformer
-from rooflm.lab.quantize.calibrate import LINEARS
 from rooflm.lab.quantize.codecs import to_format
-from rooflm.lab.quantize.finetune import fit, next_token_loss, text_batches
 from rooflm.lab.quantize.grids import encode, fit_grid, round_to_nearest, to_groups
 from rooflm.lab.quantize.lora import FrozenLinear, GridLinear, LoraLinear, initial_adapter
 from rooflm.lab.quantize.peft import (

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rooflm.lab.model import Config, Transformer
-from rooflm.lab.quantize.calibrate import LINEARS
-from rooflm.lab.quantize.finetune import (
+from rooflm.lab.calibrate import LINEARS
+from rooflm.lab.finetune import (
     fit,
     next_token_loss,
     replace_weights,
@@ -18,6 +17,7 @@ from rooflm.lab.quantize.finetune import (
     text_batches,
     unfrozen,
 )
+from rooflm.lab.model import Config, Transformer
 from rooflm.lab.quantize.grids import Grid, fit_grid, project, round_to_nearest, to_groups
 from rooflm.lab.quantize.llm_qat import distill, generate_data, soft_cross_entropy
 from rooflm.lab.quantize.qat import (

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from rooflm.lab.calibrate import InputStatistics
 from rooflm.lab.quantize import exhaustive, gptq, map_rows, outliers, salient, sweep
-from rooflm.lab.quantize.calibrate import InputStatistics
 from rooflm.lab.quantize.grids import Grid, fit_grid, round_to_nearest, to_groups
 from rooflm.lab.quantize.methods import METHODS, Knowledge, Recipe
 

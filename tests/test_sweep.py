@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rooflm.lab import text
+from rooflm.lab import bench as benches
+from rooflm.lab import maps, text
+from rooflm.lab.bench import WINDOW, checkpoint_digest
+from rooflm.lab.calibrate import calibration_rows, layer_inputs
 from rooflm.lab.checkpoints import load_checkpoint, save_checkpoint
 from rooflm.lab.estimates import ratio_estimate
 from rooflm.lab.model import Config, Transformer
-from rooflm.lab.quantize import bench as benches
 from rooflm.lab.quantize import sweep
 from rooflm.lab.quantize.apply import quantize_model
-from rooflm.lab.quantize.bench import WINDOW, checkpoint_digest, make_bench
-from rooflm.lab.quantize.calibrate import calibration_rows, layer_inputs
+from rooflm.lab.quantize.bench import make_bench
 from rooflm.lab.quantize.grids import round_to_nearest
 from rooflm.lab.quantize.methods import METHODS, Recipe
 from rooflm.lab.quantize.rotation import rotate_model
@@ -159,7 +160,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_at_the_same_rows(
     folder, few, tmp_path, capsys, monkeypatch
 ):
     assert sweep.main(arguments(folder, tmp_path / "whole.csv")) == 0
-    write, written = sweep.write_rows, []
+    write, written = maps.write_rows, []
 
     def interrupted(path, columns, rows):
         write(path, columns, rows)
@@ -167,11 +168,11 @@ def test_an_interrupted_sweep_goes_on_and_ends_at_the_same_rows(
         if len(written) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "write_rows", interrupted)
+    monkeypatch.setattr(maps, "write_rows", interrupted)
     assert sweep.main(arguments(folder, tmp_path / "parts.csv")) == 130
     assert "goes on" in capsys.readouterr().err
     assert len(without_time(tmp_path / "parts.csv")) == 2
-    monkeypatch.setattr(sweep, "write_rows", write)
+    monkeypatch.setattr(maps, "write_rows", write)
     assert sweep.main(arguments(folder, tmp_path / "parts.csv")) == 0
     assert "2/2  round 4 bits" in capsys.readouterr().out  # two were left
     assert without_time(tmp_path / "parts.csv") == without_time(tmp_path / "whole.csv")

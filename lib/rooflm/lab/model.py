@@ -22,7 +22,7 @@ Chapter: number formats.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -67,6 +67,7 @@ class Config:
     intermediate : width of the MLP.
     window : positions that it was trained on; a longer context is allowed and unreliable.
     rope_base, norm_eps : base of the rotary frequencies; added to the mean square of a norm.
+    head_width : of each head, where heads have been removed; None for hidden / heads.
     """
 
     vocab: int
@@ -78,6 +79,7 @@ class Config:
     window: int = 512
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
+    head_width: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "intermediate", "window"):
@@ -91,18 +93,23 @@ class Config:
                 raise ValueError(f"{name} is {shorten(value)}; allowed: a positive number")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads is {self.kv_heads}; allowed: a divisor of {self.heads}")
-        if self.hidden % (2 * self.heads):
+        if self.head_width is None and self.hidden % (2 * self.heads):
             raise ValueError(f"hidden is {self.hidden}; allowed: a multiple of {2 * self.heads}")
+        if self.head_width is not None:
+            width = size("head_width", self.head_width)
+            if not isinstance(width, int) or width % 2:  # rotary positions turn pairs
+                raise ValueError(f"head_width is {shorten(width)}; allowed: an even int")
 
     @property
     def head_dim(self) -> int:
         """Width of a head."""
-        return self.hidden // self.heads
+        return self.head_width or self.hidden // self.heads
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a Hugging Face config.json, which `rooflm.load_model` reads."""
-        fields = {_HF_NAMES[name]: value for name, value in asdict(self).items()}
-        return {**_HF_CONSTANTS, **fields}
+        fields = {hf: getattr(self, name) for name, hf in _HF_NAMES.items()}
+        own = {} if self.head_width is None else {"head_dim": self.head_width}
+        return {**_HF_CONSTANTS, **fields, **own}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Config:
@@ -120,11 +127,13 @@ class Config:
         missing = [hf for hf in _HF_NAMES.values() if hf not in fields]
         if missing:
             raise ValueError(f"the config lacks {', '.join(missing)}")
-        config = cls(**{name: fields[hf] for name, hf in _HF_NAMES.items()})
-        for name, value in (("rope_scaling", None), ("head_dim", config.head_dim)):
-            if fields.get(name) not in (None, value):
-                given = shorten(fields[name])
-                raise ValueError(f"{name} is {given}; allowed for a lab model: {value}")
+        if fields.get("rope_scaling") is not None:
+            given = shorten(fields["rope_scaling"])
+            raise ValueError(f"rope_scaling is {given}; allowed for a lab model: None")
+        sizes = {name: fields[hf] for name, hf in _HF_NAMES.items()}
+        config = cls(**sizes, head_width=fields.get("head_dim"))
+        if config.head_width is not None and config.head_width * config.heads == config.hidden:
+            return replace(config, head_width=None)  # what it is without being said
         return config
 
 
@@ -280,12 +289,13 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: Config, index: int) -> None:
         super().__init__()
         hidden, kv_width = config.hidden, config.kv_heads * config.head_dim
+        q_width = config.heads * config.head_dim
         self.config, self.index = config, index
         self.attn_norm = RMSNorm(hidden, config.norm_eps)
-        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.q_proj = nn.Linear(hidden, q_width, bias=False)
         self.k_proj = nn.Linear(hidden, kv_width, bias=False)
         self.v_proj = nn.Linear(hidden, kv_width, bias=False)
-        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+        self.o_proj = nn.Linear(q_width, hidden, bias=False)
         self.mlp_norm = RMSNorm(hidden, config.norm_eps)
         self.gate_proj = nn.Linear(hidden, config.intermediate, bias=False)
         self.up_proj = nn.Linear(hidden, config.intermediate, bias=False)

@@ -9,16 +9,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from rooflm.lab import maps
+from rooflm.lab.bench import checkpoint_digest
 from rooflm.lab.kvcache import sweep as measured
-from rooflm.lab.kvcache.sweep import BLOCK, CASES, COLUMNS, COMMAND, METHODS, MODELS, TOKENS
-from rooflm.lab.quantize.bench import checkpoint_digest
-from rooflm.lab.quantize.rows import check_rows, read_rows
-from rooflm.roofline.datafiles import data_path
+from rooflm.lab.kvcache.sweep import BLOCK, CASES, MAP, METHODS, MODELS, TOKENS
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=COMMAND,
+        prog=MAP.command,
         description="Measure every KV cache, by perplexity and by retrieval, and write the map.",
         epilog="An interrupted run goes on when the same command is given.",
     )
@@ -41,33 +40,24 @@ def main(given: list[str] | None = None) -> int:
         parser.error(f"--tokens is {a.tokens}; allowed: {2 * BLOCK} or more")
     if a.cases is not None and (a.cases < 0 or a.cases == 1):
         parser.error(f"--cases is {a.cases}; allowed: 0 for none, or 2 or more")
-    path = a.out or data_path(*measured.MAP)
-    try:
+    path = a.out or MAP.path
+
+    def work() -> None:
         for model in (a.model,) if a.model else MODELS:
             _measure(a, model, path)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last row", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"rooflm.lab.kvcache: error: {error}", file=sys.stderr)
-        return 2
-    print(f"the map is in {path}")
-    return 0
+        print(f"the map is in {path}")
+
+    return maps.attempt("rooflm.lab.kvcache", work)
 
 
 def _measure(a: argparse.Namespace, model: str, path: Path) -> None:
     name, digest = Path(model).name, checkpoint_digest(model)
     tokens = a.tokens or TOKENS.get(model, TOKENS[MODELS[0]])
-    if path.exists() and not a.fresh:  # before the models are read
-        rows = read_rows(path, COLUMNS, COMMAND)
-        check_rows(path, rows, name, digest, tokens // BLOCK * BLOCK)
+    if not a.fresh:  # before the models are read
+        MAP.check(path, name, digest, tokens // BLOCK * BLOCK)
     wanted = [x for x in measured.variants(name) if a.method in (None, x.method)]
     bench = measured.make_bench(model, tokens, a.cases)
-    measured.sweep(bench, wanted, path, name, digest, a.fresh, _say)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+    measured.sweep(bench, wanted, path, name, digest, a.fresh, maps.say)
 
 
 if __name__ == "__main__":

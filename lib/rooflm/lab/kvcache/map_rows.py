@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rooflm.lab.kvcache.sweep import BLOCK, estimate, find_row
+from rooflm.lab.kvcache.sweep import BLOCK, find_row
+from rooflm.lab.maps import estimate
 from rooflm.lab.quantize.map_rows import loss_words
 from rooflm.roofline.numeric import unknown
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from rooflm.lab import text
+from rooflm.lab import maps, text
+from rooflm.lab.bench import CALIBRATION_TEXT, SMOLLM2, checkpoint_digest
 from rooflm.lab.checkpoints import load_checkpoint
 from rooflm.lab.estimates import Estimate, ratio_estimate, share_estimate
 from rooflm.lab.evaluate import compare, evaluate, prepare_reference
@@ -47,17 +47,14 @@ from rooflm.lab.kvcache.evicting import (
 from rooflm.lab.kvcache.quantized import QUANTIZED
 from rooflm.lab.kvcache.retrieval import make_cases, retrieve
 from rooflm.lab.kvcache.windowed import WindowedCache
+from rooflm.lab.maps import spread
 from rooflm.lab.model import Cache, FullCache, Transformer
 from rooflm.lab.quantize.apply import quantize_model
-from rooflm.lab.quantize.bench import CALIBRATION_TEXT, SMOLLM2, checkpoint_digest
 from rooflm.lab.quantize.methods import Recipe
-from rooflm.lab.quantize.rows import Columns, Row, check_rows, read_rows, write_rows
+from rooflm.lab.rows import Row
 from rooflm.lab.smollm2 import load_smollm2
-from rooflm.roofline.datafiles import data_path
 from rooflm.roofline.numeric import unknown
 
-MAP = ("measurements", "kv_cache_map.csv")
-COMMAND = "python -m rooflm.lab.kvcache"
 MODELS = ("teacher", SMOLLM2)
 BLOCK = 512
 CHUNK = 32
@@ -83,14 +80,17 @@ BUDGETED: Mapping[str, Callable[[int, bool], Make]] = {
 }
 METHODS = ("full", *BUDGETED, *QUANTIZED)
 _ESTIMATES = ("bits_per_byte", "difference", "perplexity", "exact", "log_probability")
-COLUMNS: Columns = {
-    "model": str, "checkpoint": str, "weights": str, "method": str, "budget": int,
-    "bytes_per_token": float,
-    **{f"{x}{end}": float for x in _ESTIMATES for end in ("", "_low", "_high")},
-    "agreement": float, "divergence": float, "seconds": float,
-    "tokens": int, "cases": int, "answered": str, "log_probabilities": str, "date": str,
-    "torch": str,
-}  # fmt: skip
+MAP = maps.MapFile(
+    ("measurements", "kv_cache_map.csv"),
+    "python -m rooflm.lab.kvcache",
+    ("method", "budget", "weights"),
+    {
+        **maps.HEAD, "weights": str, "method": str, "budget": int, "bytes_per_token": float,
+        **{f"{x}{end}": float for x in _ESTIMATES for end in ("", "_low", "_high")},
+        "agreement": float, "divergence": float, "seconds": float, "tokens": int,
+        "cases": int, "answered": str, "log_probabilities": str, "date": str, "torch": str,
+    },
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -185,9 +185,9 @@ class Bench:
         blocks = len(found.blocks.tokens)
         last = blocks % 4 or 4  # rows of the last batch
         row: dict[str, Any] = {"bytes_per_token": made[0].nbytes / (last * BLOCK)}
-        row |= _spread("bits_per_byte", found.bits_per_byte)
-        row |= _spread("difference", compare(found, self.full).difference)
-        row |= _spread("perplexity", found.perplexity)
+        row |= spread("bits_per_byte", found.bits_per_byte)
+        row |= spread("difference", compare(found, self.full).difference)
+        row |= spread("perplexity", found.perplexity)
         assert found.agreement is not None and found.divergence is not None
         row |= {"agreement": found.agreement.value, "divergence": found.divergence.value}
         row |= self._retrieved(model, make if variant.method in QUANTIZED else None, variant)
@@ -214,8 +214,8 @@ def answers(right: Tensor, logs: Tensor) -> dict[str, Any]:
         "answered": "".join(str(int(x)) for x in right),
         "log_probabilities": " ".join(f"{x:.3f}" for x in logs.tolist()),
     }
-    row |= _spread("exact", share_estimate(right, ones))
-    return row | _spread("log_probability", ratio_estimate(logs, ones))
+    row |= spread("exact", share_estimate(right, ones))
+    return row | spread("log_probability", ratio_estimate(logs, ones))
 
 
 def make_bench(name: str | Path, tokens: int | None = None, cases: int | None = None) -> Bench:
@@ -237,12 +237,7 @@ def load_map(name: str | Path = "teacher", path: Path | None = None) -> list[Row
     ValueError
         in one line: the file is missing or altered, or holds no rows of this checkpoint.
     """
-    path = path or data_path(*MAP)
-    rows = [row for row in read_rows(path, COLUMNS, COMMAND) if row["model"] == Path(name).name]
-    if not rows:
-        raise ValueError(f"{path.name} has no rows of {name}; {COMMAND} --model {name} makes them")
-    check_rows(path, rows, Path(name).name, checkpoint_digest(name))
-    return rows
+    return MAP.load(Path(name).name, checkpoint_digest(name), path)
 
 
 def find_row(
@@ -252,21 +247,13 @@ def find_row(
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     wanted = asdict(Variant(method, budget, weights))
-    for row in rows:
-        if all(row[name] == value for name, value in wanted.items()):
-            return row
-    raise ValueError(f"the map has no row of {label(wanted)}")
+    return MAP.find(rows, wanted, label(wanted))
 
 
 def label(row: Mapping[str, Any]) -> str:
     """A row in words, such as "h2o 128" or "int4-g64 weights, kivi-4"."""
     words = row["method"] + (f" {row['budget']}" if row["budget"] else "")
     return words if row["weights"] == "fp32" else f"{row['weights']} weights, {words}"
-
-
-def estimate(row: Mapping[str, Any], name: str) -> Estimate:
-    """A column with its interval, such as "exact"."""
-    return Estimate(*(row[f"{name}{end}"] for end in ("", "_low", "_high")))
 
 
 def by_depth(row: Mapping[str, Any]) -> dict[float, Estimate]:
@@ -285,27 +272,12 @@ def sweep(
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Measure what the file does not hold yet; after each variant the file is whole."""
-    rows = read_rows(path, COLUMNS, COMMAND) if path.exists() else []
-    if fresh:
-        rows = [row for row in rows if row["model"] != name]
-    tokens = int(bench.full.blocks.tokens.sum())
-    check_rows(path, rows, name, digest, tokens)
-    done = {Variant(r["method"], r["budget"], r["weights"]) for r in rows if r["model"] == name}
-    missing = [x for x in dict.fromkeys(wanted) if x not in done]
-    begin = time.monotonic()
-    for i, variant in enumerate(missing):
-        row = {"model": name, "checkpoint": digest, **asdict(variant), **bench.measure(variant)}
-        row |= {"tokens": tokens, "date": date.today().isoformat(), "torch": torch.__version__}
-        rows.append(row)
-        write_rows(path, COLUMNS, rows)
-        left = (time.monotonic() - begin) / (i + 1) * (len(missing) - i - 1)
+    """Measure what the file does not hold yet, as `MapFile.fill` does."""
+
+    def words(row: Row) -> str:
         told = f", {row['exact']:.0%} retrieved" if row["exact"] is not None else ""
-        say(
-            f"{i + 1}/{len(missing)}  {name}, {label(row)}: {row['bytes_per_token']:.0f} B/token, "
-            f"{row['difference']:+.4f} bits per byte{told}; {left / 60:.0f} min left"
-        )
+        size, loss = row["bytes_per_token"], row["difference"]
+        return f"{name}, {label(row)}: {size:.0f} B/token, {loss:+.4f} bits per byte{told}"
 
-
-def _spread(name: str, found: Estimate) -> dict[str, float]:
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+    tokens = int(bench.full.blocks.tokens.sum())
+    MAP.fill(path, name, digest, tokens, wanted, asdict, bench.measure, words, fresh, say)

@@ -23,11 +23,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rooflm.lab import text
+from rooflm.lab.calibrate import calibration_rows
 from rooflm.lab.checkpoints import load_checkpoint, save_checkpoint
 from rooflm.lab.evaluate import evaluate
 from rooflm.lab.model import Transformer
 from rooflm.lab.quantize.apply import METHODS, QuantizedModel, Recipe, Stored, quantize_model
-from rooflm.lab.quantize.calibrate import calibration_rows
 from rooflm.lab.stored import write_whole
 
 STATE = "quantizing-state.safetensors"

@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
-from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,16 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rooflm.lab import text
+from rooflm.lab import maps, pairs, text
+from rooflm.lab.bench import checkpoint_digest
+from rooflm.lab.calibrate import calibration_rows
 from rooflm.lab.checkpoints import load_checkpoint
 from rooflm.lab.evaluate import Evaluation, compare, evaluate
-from rooflm.lab.model import Transformer
-from rooflm.lab.quantize import llm_qat, peft
-from rooflm.lab.quantize.apply import quantize_model
-from rooflm.lab.quantize.bench import checkpoint_digest
-from rooflm.lab.quantize.calibrate import calibration_rows
-from rooflm.lab.quantize.codecs import to_format
-from rooflm.lab.quantize.finetune import (
+from rooflm.lab.finetune import (
     fit,
     next_token_loss,
     plain_layer,
@@ -46,13 +41,15 @@ from rooflm.lab.quantize.finetune import (
     text_batches,
     unfrozen,
 )
+from rooflm.lab.model import Transformer
+from rooflm.lab.quantize import llm_qat, peft
+from rooflm.lab.quantize.apply import quantize_model
+from rooflm.lab.quantize.codecs import to_format
 from rooflm.lab.quantize.ledger import (
     ADAPTERS,
     BATCH_ROWS,
     BLOCK,
     CALIBRATION,
-    COLUMNS,
-    COMMAND,
     FOUND,
     GENERATED,
     LEDGER,
@@ -63,14 +60,12 @@ from rooflm.lab.quantize.ledger import (
     TRAINED_SHARE,
     WINDOW,
     Run,
-    find_rows,
     label,
     runs,
 )
 from rooflm.lab.quantize.methods import Recipe
 from rooflm.lab.quantize.qat import frozen, quantization_aware
-from rooflm.lab.quantize.rows import Row, check_rows, read_rows, write_rows
-from rooflm.roofline.datafiles import data_path
+from rooflm.lab.rows import Row
 from rooflm.roofline.formats import load_format
 from rooflm.roofline.numeric import unknown
 
@@ -188,7 +183,7 @@ class Workshop:
             own = found[name].bits_per_byte
             values = own.value, start.value, change.value, change.low, change.high
             row |= {f"{name}_{x}": value for x, value in zip(FOUND, values, strict=True)}
-            row[f"{name}_nats"] = " ".join(f"{x:.7g}" for x in found[name].blocks.losses.tolist())
+            row[f"{name}_nats"] = pairs.nats_cell(found[name])
         return row
 
 
@@ -214,23 +209,19 @@ def adapt(
     fresh : drop the rows that the file holds of this model, once the first new one is there.
     say : receives a line of progress.
     """
-    rows = read_rows(path, COLUMNS, COMMAND) if path.exists() else []
-    if fresh:
-        rows = [row for row in rows if row["model"] != name]
-    check_rows(path, rows, name, digest, tokens // BLOCK * BLOCK)
-    mine = [row for row in rows if row["model"] == name]
-    missing = {run: part for run, part in wanted.items() if not find_rows(mine, **asdict(run))}
-    shop = make() if missing else None
-    begin = time.monotonic()
-    for i, (run, part) in enumerate(missing.items()):
-        assert shop is not None
-        row = {"model": name, "checkpoint": digest, "part": part, **shop.row(run)}
-        row |= {"tokens": tokens // BLOCK * BLOCK, "date": date.today().isoformat()}
-        rows.append(row | {"torch": torch.__version__})
-        write_rows(path, COLUMNS, rows)
-        left = (time.monotonic() - begin) / (i + 1) * (len(missing) - i - 1)
+    shop: list[Workshop] = []
+
+    def measure(run: Run) -> Row:
+        if not shop:
+            shop.append(make())
+        return {"part": wanted[run], **shop[0].row(run)}
+
+    def words(row: Row) -> str:
         changes = ", ".join(f"{x} {row[f'{x}_difference']:+.4f}" for x in MEASURED)
-        say(f"{i + 1}/{len(missing)}  {label(row)}: {changes}; {left / 60:.0f} min left")
+        return f"{label(row)}: {changes}"
+
+    measured = tokens // BLOCK * BLOCK
+    LEDGER.fill(path, name, digest, measured, wanted, asdict, measure, words, fresh, say)
 
 
 def _rounded(model: Transformer, base: str) -> Transformer:
@@ -262,13 +253,9 @@ def _cost(model: Transformer, run: Run) -> dict[str, Any]:
     }
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=COMMAND,
+        prog=LEDGER.command,
         description="Adapt a model to another author in every way of the chapter, and measure it.",
         epilog="An interrupted run goes on when the same command is given.",
     )
@@ -287,22 +274,18 @@ def main(given: list[str] | None = None) -> int:
     a = parser.parse_args(given)
     if not 2 * BLOCK <= a.tokens <= 100_000:
         parser.error(f"--tokens is {a.tokens}; allowed: {2 * BLOCK} to 100000")
-    path, name = a.out or data_path(*LEDGER), Path(a.model).name
-    try:
+    path, name = a.out or LEDGER.path, Path(a.model).name
+
+    def work() -> None:
         digest = checkpoint_digest(a.model)
 
         def make() -> Workshop:
             return Workshop(load_checkpoint(a.model), a.tokens)
 
-        adapt(make, runs(a.part), path, name, digest, a.tokens, a.fresh, _say)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last row", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"rooflm.lab.quantize.adapt: error: {error}", file=sys.stderr)
-        return 2
-    print(f"the ledger is in {path}")
-    return 0
+        adapt(make, runs(a.part), path, name, digest, a.tokens, a.fresh, maps.say)
+        print(f"the ledger is in {path}")
+
+    return maps.attempt("rooflm.lab.quantize.adapt", work)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rooflm.lab.model import Transformer, TransformerBlock
-from rooflm.lab.quantize import gptq, grids
-from rooflm.lab.quantize.calibrate import (
+from rooflm.lab.calibrate import (
     LINEARS,
     InputStatistics,
     fisher_information,
     inner_linear,
     visit_blocks,
 )
+from rooflm.lab.model import Transformer, TransformerBlock
+from rooflm.lab.quantize import gptq, grids
 from rooflm.lab.quantize.int8 import Int8Linear
 from rooflm.lab.quantize.methods import METHODS, Knowledge, Recipe, Stored
 from rooflm.lab.quantize.rotation import rotate_model

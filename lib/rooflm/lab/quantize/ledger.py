@@ -13,22 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from rooflm.lab import text
+from rooflm.lab import maps, pairs, text
+from rooflm.lab.bench import checkpoint_digest
 from rooflm.lab.estimates import Estimate
-from rooflm.lab.evaluate import BlockSums, Comparison, Evaluation, compare, summarize
-from rooflm.lab.quantize.bench import checkpoint_digest
-from rooflm.lab.quantize.rows import Columns, Row, check_rows, read_rows
-from rooflm.roofline.datafiles import data_path
+from rooflm.lab.evaluate import Comparison
+from rooflm.lab.rows import Row
 from rooflm.roofline.numeric import unknown
 
-LEDGER = ("measurements", "finetuning.csv")
 MEASURED = (text.OTHER_AUTHOR, text.HELD_OUT)
 TRAINED_SHARE = 0.75  # of the other author's tokens
 TOKENS = 16_384  # measured on, of each text
@@ -39,15 +33,22 @@ SEEDS = 3  # of the main comparison
 RANK, RATE, FULL_RATE, QAT_RATE = 8, 1e-2, 1e-3, 5e-4
 GENERATED = (64, 128)  # sequences and tokens that the model writes for itself
 CALIBRATION = (16, 256)
-COMMAND = "python -m rooflm.lab.quantize.adapt"
 FOUND = ("bits_per_byte", "start", "difference", "difference_low", "difference_high")
-COLUMNS: Columns = {
-    "model": str, "checkpoint": str, "part": str, "method": str, "base": str, "rank": int,
-    "learning_rate": float, "steps": int, "text": str, "seed": int, "served": str,
-    "bits_per_weight": float, "trainable": int, "training_bytes": int, "preparation": float,
-    "seconds": float, **{f"{name}_{x}": float for name in MEASURED for x in FOUND},
-    "tokens": int, "date": str, "torch": str, **{f"{name}_nats": str for name in MEASURED},
+_RUN = {
+    "method": str, "base": str, "rank": int, "learning_rate": float, "steps": int, "text": str,
+    "seed": int, "served": str,
 }  # fmt: skip
+LEDGER = maps.MapFile(
+    ("measurements", "finetuning.csv"),
+    "python -m rooflm.lab.quantize.adapt",
+    tuple(_RUN),
+    {
+        **maps.HEAD, "part": str, **_RUN,
+        "bits_per_weight": float, "trainable": int, "training_bytes": int, "preparation": float,
+        "seconds": float, **{f"{name}_{x}": float for name in MEASURED for x in FOUND},
+        **maps.TAIL, **{f"{name}_nats": str for name in MEASURED},
+    },
+)  # fmt: skip
 ADAPTERS = ("lora", "qlora", "loftq", "qa-lora")
 TRAINED = ("full", *ADAPTERS, "qat", "lsq")
 METHODS = ("none", "round", "gptq", *TRAINED)
@@ -158,28 +159,20 @@ def load_ledger(name: str | Path = "teacher", path: Path | None = None) -> list[
     ValueError
         in one line: the file is missing or altered, or holds no rows of this checkpoint.
     """
-    path = path or data_path(*LEDGER)
-    rows = [x for x in read_rows(path, COLUMNS, COMMAND) if x["model"] == Path(name).name]
-    if not rows:
-        raise ValueError(f"{path.name} has no rows of {name}; {COMMAND} --model {name} makes them")
-    check_rows(path, rows, Path(name).name, checkpoint_digest(name))
-    return rows
+    return LEDGER.load(Path(name).name, checkpoint_digest(name), path)
 
 
 def find_rows(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     """The rows in which these columns hold these values, such as method="qlora", seed=0."""
     for name in wanted:
-        if name not in COLUMNS:
-            raise unknown("column", name, COLUMNS)
+        if name not in LEDGER.columns:
+            raise unknown("column", name, LEDGER.columns)
     return [row for row in rows if all(row[name] == x for name, x in wanted.items())]
 
 
-def find_run(rows: Iterable[Row], run: Run) -> Row:
+def find_run(rows: Iterable[Row], run: Run) -> Mapping[str, Any]:
     """The row of a run."""
-    found = find_rows(rows, **asdict(run))
-    if not found:
-        raise ValueError(f"the ledger has no row of {label(asdict(run))}")
-    return found[0]
+    return LEDGER.find(rows, asdict(run), label(asdict(run)))
 
 
 def seeds_of(rows: Iterable[Row], run: Run) -> list[Row]:
@@ -196,7 +189,11 @@ def change(row: Row, name: str = text.OTHER_AUTHOR) -> Estimate:
 
 def contrast(row: Row, other: Row, name: str = text.OTHER_AUTHOR) -> Comparison:
     """The first row minus the second on a text of `MEASURED`, in bits per byte, paired."""
-    return compare(_evaluation(row, name), _evaluation(other, name))
+    _check_text(name)
+    if row["tokens"] != other["tokens"]:
+        raise ValueError("the two rows are of different blocks; allowed: the same text")
+    ours, theirs = row[f"{name}_nats"], other[f"{name}_nats"]
+    return pairs.contrast(ours, theirs, name, row["tokens"], BLOCK)
 
 
 def label(row: Mapping[str, Any]) -> str:
@@ -210,21 +207,6 @@ def label(row: Mapping[str, Any]) -> str:
     return " ".join(filter(None, words))
 
 
-def _evaluation(row: Row, name: str) -> Evaluation:
-    _check_text(name)
-    losses = torch.tensor([float(x) for x in row[f"{name}_nats"].split()], dtype=torch.float64)
-    tokens = torch.full_like(losses, float(BLOCK))
-    return summarize(BlockSums(tokens, _block_bytes(name, row["tokens"]), losses))
-
-
 def _check_text(name: str) -> None:
     if name not in MEASURED:
         raise unknown("text", name, MEASURED)
-
-
-@lru_cache(maxsize=4)
-def _block_bytes(name: str, tokens: int) -> Tensor:
-    """Bytes of text in each block that is measured."""
-    whole = text.encode(text.load_text(name))
-    part = whole[-tokens:] if name == text.OTHER_AUTHOR else whole[1 : tokens + 1]
-    return text.token_bytes()[part].view(-1, BLOCK).sum(1).double()

@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rooflm.lab.finetune import Progress, fit, row_batches
 from rooflm.lab.model import FullCache, Transformer
-from rooflm.lab.quantize.finetune import Progress, fit, row_batches
 from rooflm.roofline.numeric import size
 
 

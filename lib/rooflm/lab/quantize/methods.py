@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rooflm.lab.calibrate import InputStatistics
 from rooflm.lab.quantize import binary, codebook, codecs, gptq, grids, sensitive
 from rooflm.lab.quantize.awq import awq
 from rooflm.lab.quantize.billm import billm
-from rooflm.lab.quantize.calibrate import InputStatistics
 from rooflm.lab.quantize.salient import keep_salient
 from rooflm.roofline.numeric import shorten, unknown
 

@@ -24,10 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rooflm.lab.calibrate import LINEARS
+from rooflm.lab.finetune import change_layers, plain_layer, replace_weights
 from rooflm.lab.model import Transformer
-from rooflm.lab.quantize.calibrate import LINEARS
 from rooflm.lab.quantize.codecs import store, stored_bytes, to_format
-from rooflm.lab.quantize.finetune import change_layers, plain_layer, replace_weights
 from rooflm.lab.quantize.grids import encode, fit_grid, to_groups
 from rooflm.lab.quantize.lora import (
     FrozenLinear,

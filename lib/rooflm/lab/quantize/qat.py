@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rooflm.lab.finetune import change_layers, plain_layer, replace_weights
 from rooflm.lab.model import Transformer
-from rooflm.lab.quantize.finetune import change_layers, plain_layer, replace_weights
 from rooflm.lab.quantize.grids import Grid, fit_grid, round_up_to_fp16, to_groups
 from rooflm.roofline.numeric import shorten
 

@@ -34,8 +34,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from rooflm.lab.calibrate import plain_linear
 from rooflm.lab.model import Transformer, TransformerBlock
-from rooflm.lab.quantize.smoothquant import plain_linear
 from rooflm.roofline.numeric import size
 
 

@@ -30,10 +30,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from rooflm.lab.calibrate import plain_linear, visit_blocks
 from rooflm.lab.model import Transformer, TransformerBlock
-from rooflm.lab.quantize.calibrate import visit_blocks
 from rooflm.roofline.numeric import shorten, unknown
 
 # What makes the channels, and which layers read them.
@@ -193,22 +193,6 @@ def plant_outliers(
             scales[list(channels)] = 1 / factor
             _divide(block, place, scales)
     return model
-
-
-def plain_linear(block: TransformerBlock, name: str) -> nn.Linear:
-    """The block's layer of that name, which must be an `nn.Linear` that nothing has replaced.
-
-    A quantized or wrapped layer would not follow a change of its weight exactly.
-
-    Raises
-    ------
-    ValueError
-        for a layer of any other type.
-    """
-    linear = getattr(block, name)
-    if type(linear) is not nn.Linear:
-        raise ValueError(f"{name} is a {type(linear).__name__}; allowed: an unquantized nn.Linear")
-    return linear
 
 
 @torch.no_grad()

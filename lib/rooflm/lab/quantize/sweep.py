@@ -23,45 +23,39 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
-from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from rooflm.lab import maps
+from rooflm.lab.bench import SMOLLM2, TOKENS, WINDOW, checkpoint_digest
 from rooflm.lab.estimates import Estimate
 from rooflm.lab.evaluate import Comparison, compare
-from rooflm.lab.quantize.bench import (
-    SMOLLM2,
-    TOKENS,
-    WINDOW,
-    Bench,
-    checkpoint_digest,
-    make_bench,
-)
+from rooflm.lab.quantize.bench import QuantizeBench, make_bench
 from rooflm.lab.quantize.methods import METHODS, Recipe
-from rooflm.lab.quantize.rows import Columns, Row, check_rows, read_rows, write_rows
-from rooflm.roofline.datafiles import data_path
+from rooflm.lab.rows import Row
 
-MAP = ("measurements", "quantization_map.csv")
 FULL = "full"  # the method of the row without quantization
-_COMMAND = "python -m rooflm.lab.quantize.sweep"
 _SMOLLM2_TOKENS = 4096  # twenty-five times the teacher's work for each
 # Their bits are not chosen.
 _OWN_BITS = ("format", "binary", "ternary", "pb-llm", "billm", "llm-int8")
+_KEYS = ("method", "bits", "group", "options")
 _NUMBERS = (
     "bits_per_weight", "bits_per_byte", "bits_per_byte_low", "bits_per_byte_high",
     "difference", "difference_low", "difference_high", "perplexity", "agreement", "divergence",
     "seconds",
 )  # fmt: skip
-COLUMNS: Columns = {
-    **dict.fromkeys(("model", "checkpoint", "method"), str),
-    **dict.fromkeys(("bits", "group"), int),
-    "options": str,
-    **dict.fromkeys(_NUMBERS, float),
-    "tokens": int,
-    **dict.fromkeys(("date", "torch"), str),
-}
+MAP = maps.MapFile(
+    ("measurements", "quantization_map.csv"),
+    "python -m rooflm.lab.quantize.sweep",
+    _KEYS,
+    {
+        **maps.HEAD,
+        **dict(zip(_KEYS, (str, int, int, str), strict=True)),
+        **dict.fromkeys(_NUMBERS, float),
+        **maps.TAIL,
+    },
+)
 
 
 def variants(name: str = "teacher") -> list[Recipe]:
@@ -112,21 +106,12 @@ def load_map(name: str | Path = "teacher", path: Path | None = None) -> list[Row
     ValueError
         in one line: the file is missing or altered, or holds no rows of this checkpoint.
     """
-    path = path or data_path(*MAP)
-    rows = [row for row in read_rows(path, COLUMNS, _COMMAND) if row["model"] == Path(name).name]
-    if not rows:
-        raise ValueError(f"{path.name} has no rows of {name}; {_COMMAND} --model {name} makes them")
-    check_rows(path, rows, Path(name).name, checkpoint_digest(name))
-    return rows
+    return MAP.load(Path(name).name, checkpoint_digest(name), path)
 
 
 def find_row(rows: Iterable[Mapping[str, Any]], recipe: Recipe | None) -> Mapping[str, Any]:
     """The row of a recipe; None for the full model."""
-    wanted = _key(_names(recipe))
-    for row in rows:
-        if _key(row) == wanted:
-            return row
-    raise ValueError(f"the map has no row of {label(recipe)}")
+    return MAP.find(rows, _names(recipe), label(recipe))
 
 
 def label(row: Mapping[str, Any] | Recipe | None) -> str:
@@ -147,7 +132,7 @@ def comparison(row: Mapping[str, Any]) -> Comparison:
 
 
 def sweep(
-    bench: Bench,
+    bench: QuantizeBench,
     recipes: Iterable[Recipe],
     path: Path,
     name: str,
@@ -155,36 +140,18 @@ def sweep(
     fresh: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Measure what the file does not hold yet; after each variant the file is whole.
+    """Measure what the file does not hold yet, as `MapFile.fill` does; the full model first."""
 
-    Parameters
-    ----------
-    path : of the map; its rows are kept.
-    name, digest : of the checkpoint.
-    fresh : drop the rows that the file holds of this model, once the first new one is there.
-    say : receives a line of progress.
-    """
-    rows = read_rows(path, COLUMNS, _COMMAND) if path.exists() else []
-    if fresh:
-        rows = [row for row in rows if row["model"] != name]
-    tokens = int(bench.full.blocks.tokens.sum())
-    check_rows(path, rows, name, digest, tokens)
-    done = {_key(row) for row in rows if row["model"] == name}
-    missing = [r for r in (None, *recipes) if _key(_names(r)) not in done]
-    begin = time.monotonic()
-    for i, recipe in enumerate(missing):
-        row = {"model": name, "checkpoint": digest, **_names(recipe), **_measured(bench, recipe)}
-        row |= {"tokens": tokens, "date": date.today().isoformat(), "torch": torch.__version__}
-        rows.append(row)
-        write_rows(path, COLUMNS, rows)
-        left = (time.monotonic() - begin) / (i + 1) * (len(missing) - i - 1)
-        say(
-            f"{i + 1}/{len(missing)}  {label(row)}: {row['bits_per_weight']:.3g} bits, "
-            f"{row['difference']:+.4f} bits per byte; {left / 60:.0f} min left"
-        )
+    def words(row: Row) -> str:
+        bits, loss = row["bits_per_weight"], row["difference"]
+        return f"{label(row)}: {bits:.3g} bits, {loss:+.4f} bits per byte"
+
+    wanted: list[Recipe | None] = [None, *recipes]
+    measure = partial(_measured, bench)
+    MAP.fill(path, name, digest, bench.tokens, wanted, _names, measure, words, fresh, say)
 
 
-def _measured(bench: Bench, recipe: Recipe | None) -> dict[str, float]:
+def _measured(bench: QuantizeBench, recipe: Recipe | None) -> Row:
     begin = time.monotonic()
     if recipe is None:
         bits, found, seconds = 32.0, bench.full, 0.0
@@ -223,17 +190,9 @@ def _names(recipe: Recipe | None) -> dict[str, Any]:
     }
 
 
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("method", "bits", "group", "options"))
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m rooflm.lab.quantize.sweep",
+        prog=MAP.command,
         description="Measure every quantization method on a model and write the map.",
         epilog="An interrupted run goes on when the same command is given.",
     )
@@ -254,24 +213,17 @@ def main(given: list[str] | None = None) -> int:
     tokens = a.tokens or (_SMOLLM2_TOKENS if a.model == SMOLLM2 else TOKENS)
     if tokens < 2 * WINDOW:
         parser.error(f"--tokens is {tokens}; allowed: {2 * WINDOW} or more")
-    path, name = a.out or data_path(*MAP), Path(a.model).name
-    try:
+    path, name = a.out or MAP.path, Path(a.model).name
+
+    def work() -> None:
         digest = checkpoint_digest(a.model)
-        if path.exists() and not a.fresh:  # before the minute of calibration
-            check_rows(
-                path, read_rows(path, COLUMNS, _COMMAND), name, digest, tokens // WINDOW * WINDOW
-            )
+        if not a.fresh:  # before the minute of calibration
+            MAP.check(path, name, digest, tokens // WINDOW * WINDOW)
         recipes = [r for r in variants(name) if a.method in (None, r.method)]
-        bench = make_bench(a.model, tokens)
-        sweep(bench, recipes, path, name, digest, a.fresh, _say)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last row", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"rooflm.lab.quantize.sweep: error: {error}", file=sys.stderr)
-        return 2
-    print(f"the map is in {path}")
-    return 0
+        sweep(make_bench(a.model, tokens), recipes, path, name, digest, a.fresh, maps.say)
+        print(f"the map is in {path}")
+
+    return maps.attempt("rooflm.lab.quantize.sweep", work)
 
 
 if __name__ == "__main__":

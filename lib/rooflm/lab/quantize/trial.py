@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rooflm.lab.calibrate import LINEARS, inner_linear
 from rooflm.lab.checkpoints import load_checkpoint
 from rooflm.lab.evaluate import Comparison
 from rooflm.lab.model import Transformer
 from rooflm.lab.quantize import codebook, codecs, float_codecs, grids, laws, measure, sweep
-from rooflm.lab.quantize.calibrate import LINEARS, inner_linear
 from rooflm.lab.quantize.float_codecs import E2M1, E4M3, E5M2, NF4_LEVELS, Stored
 from rooflm.roofline.numeric import unknown
 

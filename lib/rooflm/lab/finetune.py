@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rooflm.lab.calibrate import LINEARS, plain_linear
 from rooflm.lab.model import Transformer, TransformerBlock
-from rooflm.lab.quantize.calibrate import LINEARS
-from rooflm.lab.quantize.smoothquant import plain_linear
 from rooflm.roofline.numeric import shorten, size
 
 LARGEST_GRADIENT = 1.0  # a longer gradient, of all parameters together, is cut to this length

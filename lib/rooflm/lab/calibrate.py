@@ -1,4 +1,4 @@
-"""What quantizers need to know of a layer's inputs, gathered from a model on a text.
+"""What compression needs to know of a layer's inputs, gathered from a model on a text.
 
 The blocks are visited in order. Each is run as it is, and the inputs of its linear layers are
 summed up; the caller may then change the block, and it is run again, so that the next block is
@@ -75,6 +75,22 @@ def inner_linear(block: TransformerBlock, name: str) -> nn.Linear:
     while not isinstance(layer, nn.Linear):
         layer = layer.linear
     return layer
+
+
+def plain_linear(block: TransformerBlock, name: str) -> nn.Linear:
+    """The block's layer of that name, which must be an `nn.Linear` that nothing has replaced.
+
+    A quantized or wrapped layer would not follow a change of its weight exactly.
+
+    Raises
+    ------
+    ValueError
+        for a layer of any other type.
+    """
+    linear = getattr(block, name)
+    if type(linear) is not nn.Linear:
+        raise ValueError(f"{name} is a {type(linear).__name__}; allowed: an unquantized nn.Linear")
+    return linear
 
 
 def calibration_rows(tokens: Tensor, rows: int, window: int, seed: int = 0) -> Tensor:
