@@ -91,7 +91,7 @@ def preview() -> int:
 
 
 def execute(names: list[str]) -> int:
-    """Run notebooks in place; rewrite those whose code or compared outputs changed."""
+    """Run notebooks in place; rewrite those whose code, compared outputs or explorers changed."""
     begin = time.monotonic()
     paths = notebooks(BOOK)
     if unknown := [name for name in names if name not in {path.stem for path in paths}]:
@@ -106,6 +106,7 @@ def execute(names: list[str]) -> int:
         after.metadata["rooflm"] = {"code": code_digest(after)}
         # markdown and metadata of `before` count too: normalising may have changed them
         unchanged = normalise(deepcopy(before)) == before and compared(before) == compared(after)
+        unchanged = unchanged and explorers(before) == explorers(after)
         if not (unchanged and before.metadata.get("rooflm") == after.metadata["rooflm"]):
             write(path, after)
             written.append(path.stem)
@@ -290,6 +291,16 @@ def compared(notebook: NotebookNode) -> list[object]:
                 result.append({mime: compared_data(mime, data[mime]) for mime in data})
         result.append(streams)
     return result
+
+
+def explorers(notebook: NotebookNode) -> list[str]:
+    """List the pages of the explorers, which nbval is excused from and a reader sees."""
+    return [
+        "".join(output.get("data", {}).get("text/html", ""))
+        for cell in notebook.cells
+        if cell.cell_type == "code" and "widget" in cell.metadata.get("tags", [])
+        for output in cell.outputs
+    ]
 
 
 def compared_data(mime: str, content: object) -> object:
