@@ -29,7 +29,7 @@ def test_every_row_is_one_sourced_and_dated_number():
         kind = row["quantity"].removeprefix("peak_")
         expected = QUANTITIES.get(row["quantity"])
         if expected is None:
-            assert kind in STAND_INS, row
+            assert kind.removesuffix("-2:4") in STAND_INS, row
             expected = "OP/s" if kind.startswith("int") else "FLOP/s"
         assert row["unit"] in (expected, "FLOP/s" if expected == "OP/s" else expected), row
         assert len(row["source"]) > 15, row
@@ -121,6 +121,7 @@ def test_a_device_with_nothing_as_wide_says_so():
         ({"peaks": {}}, "peaks of chip is {}"),
         ({"peaks": {"fp16*int8*int4": 1e12}}, "unknown peak format 'fp16*int8*int4'"),
         ({"peaks": {"fp17": 1e12}}, "unknown peak format 'fp17'"),
+        ({"peaks": {"fp16-1:4": 1e12}}, "unknown peak format 'fp16-1:4'"),
         ({"peaks": {"fp16": -1}}, "peak fp16 of chip is -1"),
         ({"memory_capacity": float("inf")}, "memory_capacity of chip is inf"),
     ],
@@ -142,3 +143,70 @@ def test_a_peak_is_asked_for_by_its_rate_or_by_a_format_that_uses_it():
     b200 = rooflm.load_hardware("nvidia-b200")
     assert b200.peak("fp4") == b200.peak("mxfp4") == b200.peak("nvfp4") == b200.peaks["fp4"]
     assert b200.ridge_point("fp4") == b200.peaks["fp4"] / b200.bandwidth
+
+
+# ---- 2:4
+
+# What vendors print with sparsity; the dense number stands beside it.
+WITH_SPARSITY = {
+    ("nvidia-a100-40gb", "fp16"): 624e12,
+    ("nvidia-a100-80gb", "int8"): 1248e12,
+    ("nvidia-a40", "bf16"): 299.4e12,
+    ("nvidia-l4", "fp8"): 485e12,
+    ("nvidia-l40s", "fp16"): 733e12,
+    ("nvidia-h100-pcie", "fp16"): 1513e12,
+    ("nvidia-h100-sxm", "fp8"): 3957.8e12,
+    ("nvidia-h200", "fp16"): 1979e12,
+    ("nvidia-b200", "fp8"): 9000e12,
+    ("amd-mi300x", "fp16"): 2614.9e12,
+}
+
+
+@pytest.mark.parametrize(("key", "peak"), WITH_SPARSITY.items())
+def test_a_rate_for_two_of_four_is_the_printed_one(key, peak):
+    device, form = rooflm.load_hardware(key[0]), rooflm.load_format(key[1])
+    weights = rooflm.load_format(f"{key[1]}-2:4")
+    assert device.rate(weights, form) == (f"{key[1]}-2:4", peak)
+    assert device.rate(form, form) == (key[1], device.peaks[key[1]])
+
+
+def test_every_rate_for_two_of_four_is_about_twice_the_dense_one():
+    found = 0
+    for device in map(rooflm.load_hardware, rooflm.hardware_names()):
+        for name, peak in device.peaks.items():
+            if name.endswith("-2:4"):
+                found += 1
+                dense = device.peaks[name.removesuffix("-2:4")]
+                assert peak == pytest.approx(2 * dense, rel=0.025), (device.name, name)
+    assert found > 50
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "4:8", "50%-bitmap", "50%-csr16", "60%-tiled-csl"])
+def test_any_other_sparsity_computes_dense(pattern):
+    a100, fp16 = rooflm.load_hardware("nvidia-a100-80gb"), rooflm.load_format("fp16")
+    assert a100.rate(rooflm.load_format(f"fp16-{pattern}"), fp16) == ("fp16", 312e12)
+
+
+@pytest.mark.parametrize(
+    ("device", "weights", "activations", "rate"),
+    [
+        ("nvidia-v100", "fp16-2:4", "fp16", "fp16"),  # no units for it
+        ("google-tpu-v5e", "bf16-2:4", "bf16", "bf16"),
+        ("nvidia-a100-80gb", "int4-g128-2:4", "fp16", "fp16-2:4"),  # computes as FP16
+        ("nvidia-a100-80gb", "fp8-2:4", "fp8", "fp16-2:4"),  # the stand-in's own
+        ("nvidia-a100-80gb", "int4-2:4", "int4", "int4"),  # none is published for 2:4
+        ("nvidia-h100-sxm", "int8-2:4", "int8", "int8-2:4"),
+    ],
+)
+def test_two_of_four_uses_the_rate_of_its_product_where_there_is_one(
+    device, weights, activations, rate
+):
+    found = rooflm.load_hardware(device)
+    name, peak = found.rate(rooflm.load_format(weights), rooflm.load_format(activations))
+    assert (name, peak) == (rate, found.peaks[rate])
+
+
+def test_a_peak_and_a_ridge_of_two_of_four_are_asked_for_by_name(a6000):
+    assert a6000.peak("fp16-2:4") == 309.677e12
+    assert a6000.ridge_point("fp16-2:4") == pytest.approx(2 * a6000.ridge_point("fp16"))
+    assert a6000.ridge_point("fp16-50%-bitmap") == a6000.ridge_point("fp16")

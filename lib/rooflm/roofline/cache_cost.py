@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 from rooflm.roofline.analysis import Report, Row
 from rooflm.roofline.capacity import largest
 from rooflm.roofline.config import load_model
+from rooflm.roofline.factorized import attention_of
 from rooflm.roofline.formats import Precision, precision_of
-from rooflm.roofline.mixers import Attention, LatentAttention
+from rooflm.roofline.mixers import LatentAttention
 from rooflm.roofline.model import Block, Model
 from rooflm.roofline.numeric import LARGEST_SIZE
 
@@ -106,10 +107,10 @@ def attention_row(report: Report) -> Row:
 
 
 def _kind(block: Block) -> str:
-    mixer = block.mixer
-    if isinstance(mixer, LatentAttention):
+    if isinstance(block.mixer, LatentAttention):
         return "latent"
-    if not isinstance(mixer, Attention):
+    mixer = attention_of(block.mixer)
+    if mixer is None:
         return "state"
     if not mixer.own_cache:
         return "shared"

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 from rooflm.roofline.analysis import analyze
 from rooflm.roofline.config import load_model
+from rooflm.roofline.factorized import LowRankAttention, attention_of
 from rooflm.roofline.formats import Precision, precision_of
 from rooflm.roofline.hardware import Hardware, load_hardware
 from rooflm.roofline.memory import Memory, memory
-from rooflm.roofline.mixers import Attention
 from rooflm.roofline.model import Block, ForwardPass, Model
 from rooflm.roofline.numeric import LARGEST_SIZE, is_array, shorten, size
 
@@ -147,7 +147,8 @@ def shared_prefix_bytes(
     total = 0.0
     for count, layer in model.blocks:
         kept, token = _positions(layer, prefix + own, p)
-        evicts = isinstance(layer.mixer, Attention) and layer.mixer.keep
+        attention = attention_of(layer.mixer)
+        evicts = attention is not None and attention.keep
         new = kept if evicts else min(own, kept)
         each = _state_bytes(layer, p) + new * token
         total += count * (batch * each + (kept - new) * token)
@@ -298,7 +299,10 @@ def _positions(layer: Block, context: int, p: Precision) -> tuple[int, float]:
 
 
 def _budgeted(layer: Block, tokens: int) -> Block:
-    mixer = layer.mixer
-    if not isinstance(mixer, Attention) or mixer.window or mixer.chunk or not mixer.own_cache:
+    mixer, attention = layer.mixer, attention_of(layer.mixer)
+    if attention is None or attention.window or attention.chunk or not attention.own_cache:
         return layer
-    return replace(layer, mixer=replace(mixer, keep=tokens))
+    kept = replace(attention, keep=tokens)
+    if isinstance(mixer, LowRankAttention):
+        return replace(layer, mixer=replace(mixer, base=kept))
+    return replace(layer, mixer=kept)

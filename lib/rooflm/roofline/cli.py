@@ -218,7 +218,7 @@ def _hardware(options: argparse.Namespace, out: TextIO) -> None:
         )
         for d in devices
     ]
-    _print_table(("device", "memory", "bandwidth", "dense peaks in FLOP/s"), rows, out)
+    _print_table(("device", "memory", "bandwidth", "peaks in FLOP/s, dense but for 2:4"), rows, out)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -247,7 +247,9 @@ def _parser() -> argparse.ArgumentParser:
             "model", metavar="MODEL", help="a name (rooflm models), or a config.json"
         )
         added.add_argument("hardware", metavar="HARDWARE", help="a name (rooflm hardware)")
-        for kind in ("weights", "activations", "kv-cache"):
+        of_weights = "such as int4-g128, fp16-2:4 or fp16-50%%-bitmap; default: fp16"
+        added.add_argument("--weights", default="fp16", metavar="FORMAT", help=of_weights)
+        for kind in ("activations", "kv-cache"):
             added.add_argument(f"--{kind}", default="fp16", metavar="FORMAT", help="default: fp16")
         added.add_argument(
             "--state", default="fp32", metavar="FORMAT", help="recurrent states; default: fp32"

@@ -2,7 +2,8 @@
 
 Every number comes from `data/hardware.csv`, one number a row with its own source. Peaks are
 dense and with FP32 accumulation, link rates are per direction. What a vendor does not publish
-is absent here: None, or no entry in `peaks`.
+is absent here: None, or no entry in `peaks`. A rate for 2:4 weights stands beside the dense one
+under a name of its own, and counts the FLOPs of the dense product.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from typing import Any
 from rooflm.roofline.datafiles import data_path
 from rooflm.roofline.formats import STAND_INS, Format, load_format, operand_rate
 from rooflm.roofline.numeric import Number, minimum, positive, shorten, unknown
+from rooflm.roofline.sparsity import TWO_FOUR
+
+_TWO_FOUR = f"-{TWO_FOUR}"
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Hardware:
     name : its id.
     bandwidth : W, bytes per second of device memory.
     peaks : P, FLOP/s by format ("fp16", "int8"); a pair of operand formats that has a rate of
-        its own stands under both names, wider last ("int4*fp16").
+        its own stands under both names, wider last ("int4*fp16"); a product with 2:4 weights
+        under that of its dense rate and "-2:4" ("fp16-2:4").
     memory_capacity : bytes, or None where not published.
     onchip_memory : bytes of the largest on-chip memory, or None.
     link_bandwidth : bytes per second per direction to the host, or None.
@@ -60,7 +65,7 @@ class Hardware:
                 f"peaks of {self.name} is {shorten(self.peaks)}; allowed: {{format: FLOP/s}}"
             )
         for key in self.peaks:
-            parts = str(key).split("*")
+            parts = str(key).removesuffix(_TWO_FOUR).split("*")
             if len(parts) > 2 or any(part not in STAND_INS for part in parts):
                 raise unknown("peak format", key, STAND_INS)
         checked = {
@@ -84,13 +89,21 @@ class Hardware:
         """The format at which a product of x and y computes here, and its peak in FLOP/s.
 
         The wider operand's; the pair's own where the device has one; the next wider format
-        where the device lacks it (`formats.STAND_INS`).
+        where the device lacks it (`formats.STAND_INS`); that rate's own for 2:4 where an operand
+        is so and the device has one. Any other sparse operand computes dense.
 
         Raises
         ------
         ValueError
             where the device has neither the format nor a wider one.
         """
+        name, peak = self._dense_rate(x, y)
+        if TWO_FOUR in (x.layout.name, y.layout.name) and name + _TWO_FOUR in self.peaks:
+            name += _TWO_FOUR
+            peak = self.peaks[name]
+        return name, peak
+
+    def _dense_rate(self, x: Format, y: Format) -> tuple[str, float]:
         if x.computes_as != y.computes_as:
             for pair in (f"{x.computes_as}*{y.computes_as}", f"{y.computes_as}*{x.computes_as}"):
                 if pair in self.peaks:
@@ -113,7 +126,10 @@ class Hardware:
         ----------
         name : a number format, or one of the rates that `peaks` may have ("fp4").
         """
-        return self._rate(name if name in STAND_INS else load_format(name).computes_as)[1]
+        if name in STAND_INS:
+            return self._rate(name)[1]
+        form = load_format(name)
+        return self.rate(form, form)[1]
 
     def ridge_point(self, name: str = "fp16") -> float:
         """P/W, the arithmetic intensity in FLOP/B at which the two roofs meet."""
