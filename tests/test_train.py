@@ -188,6 +188,45 @@ def test_training_learns_a_text_that_repeats_itself(tiny, tmp_path, monkeypatch)
     assert losses[0] > 4 and losses[-1] < 2.5  # a blind guess costs ln 2048 = 7.6
 
 
+# ---- lessons: what else may be minimized
+
+
+def test_a_run_may_start_from_a_model_which_stays_as_it_is(tiny, tmp_path):
+    first = train.train(PLAN, tmp_path / "first")
+    before = {name: p.detach().clone() for name, p in first.named_parameters()}
+    run = Run(PLAN, "cpu", start=first)
+    for name, p in run.model.named_parameters():
+        assert torch.equal(p, before[name]), name
+    run.advance(*draw(tiny, PLAN, 0))
+    assert all(torch.equal(p, before[name]) for name, p in first.named_parameters())
+    assert not torch.equal(run.model.embedding.weight, before["embedding.weight"])
+
+
+def test_the_texts_are_the_lesson_where_none_is_given(tiny, tmp_path):
+    train.train(PLAN, tmp_path / "none")
+    train.train(PLAN, tmp_path / "texts", lesson=train.text_lesson(tiny, PLAN))
+    assert weights(tmp_path / "none") == weights(tmp_path / "texts")
+
+
+def test_a_lesson_may_train_more_than_the_model_and_a_state_holds_it(tiny, tmp_path):
+    def loss(model, tokens, following):
+        return train.next_token_loss(model, tokens, following) + (extra.weight - 1).square().sum()
+
+    runs = []
+    for _ in range(2):
+        extra = torch.nn.Linear(3, 2, bias=False)
+        torch.nn.init.zeros_(extra.weight)
+        lesson = train.Lesson(lambda _, step: draw(tiny, PLAN, step), loss, extra)
+        runs.append(Run(PLAN, "cpu", lesson))
+    run = runs[1]  # whose `extra` the loss reads
+    for step in range(3):
+        run.advance(*draw(tiny, PLAN, step))
+    assert (run.extra.weight > 0).all()
+    run.save_state(tmp_path / STATE)
+    runs[0].load_state(tmp_path / STATE)
+    assert torch.equal(runs[0].extra.weight, run.extra.weight)
+
+
 # ---- what a step sees
 
 

@@ -9,6 +9,9 @@ The learning rate warms up, stays, and falls to zero over the last third of the 
 doubles where the fall begins (short contexts are cheaper, and teach most of what there is to
 learn). The schedule counts steps, never seconds.
 
+What is minimized is a `Lesson`: the next token of a text here, something else of a teacher in
+`rooflm.lab.distill`. The trainer is the same for all.
+
 What is written: `config.json`, `model.safetensors`, `log.csv` and `SHA256SUMS` in the output
 folder at the end, and `training-state.safetensors` there every few minutes and at an interrupt;
 the same command then goes on from it.
@@ -22,6 +25,7 @@ Chapter: number formats.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import io
 import json
@@ -38,7 +42,7 @@ from typing import NoReturn
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from rooflm.lab import text
@@ -105,14 +109,26 @@ def draw(sources: tuple[Tensor, Tensor], plan: Plan, step: int) -> tuple[Tensor,
     """The batch of a step: tokens and the tokens that follow them, both (rows, window)."""
     generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
     window = plan.window(step)
-    rows = []
-    for _ in range(plan.tokens_per_step // window):
-        of_austen = torch.rand((), generator=generator).item() < plan.austen
-        source = sources[0] if of_austen else sources[1]
-        start = int(torch.randint(len(source) - window, (), generator=generator))
-        rows.append(source[start : start + window + 1])
-    batch = torch.stack(rows)
+    rows = plan.tokens_per_step // window
+    batch = draw_rows(sources, rows, window + 1, plan.austen, generator)
     return batch[:, :-1], batch[:, 1:]
+
+
+def draw_rows(
+    sources: tuple[Tensor, Tensor],
+    rows: int,
+    length: int,
+    austen: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Passages of the two sources, (rows, length), the first source with a chance of `austen`."""
+    found = []
+    for _ in range(rows):
+        of_austen = torch.rand((), generator=generator).item() < austen
+        source = sources[0] if of_austen else sources[1]
+        start = int(torch.randint(len(source) - length + 1, (), generator=generator))
+        found.append(source[start : start + length])
+    return torch.stack(found)
 
 
 def training_sources() -> tuple[Tensor, Tensor]:
@@ -126,15 +142,59 @@ def training_sources() -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-class Run:
-    """A training run: the model, its optimizers and its log, at some step."""
+def next_token_loss(model: Transformer, tokens: Tensor, following: Tensor) -> Tensor:
+    """Cross-entropy of the tokens that follow, nats a token; both (rows, window)."""
+    return functional.cross_entropy(model(tokens).flatten(0, 1), following.flatten())
 
-    def __init__(self, plan: Plan, device: str) -> None:
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a run learns.
+
+    Parameters
+    ----------
+    batch : (model, step) to the tensors of a step; it may depend on nothing else.
+    loss : (model, *tensors) to the scalar that is minimized.
+    extra : parameters that are trained beside the model's and dropped at the end.
+    """
+
+    batch: Callable[[Transformer, int], tuple[Tensor, ...]]
+    loss: Callable[..., Tensor] = next_token_loss
+    extra: nn.Module | None = None
+
+
+def text_lesson(sources: tuple[Tensor, Tensor], plan: Plan) -> Lesson:
+    """The next token of texts, drawn as `draw` does."""
+    return Lesson(lambda _, step: draw(sources, plan, step))
+
+
+class Run:
+    """A training run: the model, its optimizers and its log, at some step.
+
+    Parameters
+    ----------
+    plan : what it is.
+    device : where it computes.
+    lesson : what is minimized; the loss of the next token where none is given.
+    start : the model whose copy is trained further; none for new weights from the plan's seed.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        device: str,
+        lesson: Lesson | None = None,
+        start: Transformer | None = None,
+    ) -> None:
         self.plan, self.device = plan, device
         torch.manual_seed(plan.seed)
-        self.model = Transformer(CONFIGS[plan.model]).to(device)
+        made = copy.deepcopy(start) if start else Transformer(CONFIGS[plan.model])
+        self.model = made.requires_grad_(True).to(device)
+        self.loss = lesson.loss if lesson else next_token_loss
+        self.extra = lesson.extra if lesson else None
         matrices = [p for name, p in self.model.named_parameters() if _is_inner(name, p)]
         others = [p for name, p in self.model.named_parameters() if not _is_inner(name, p)]
+        others += self.extra.to(device).parameters() if self.extra else []
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (
             Muon(matrices, lr=plan.learning_rate),
             torch.optim.AdamW(others, lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
@@ -143,13 +203,12 @@ class Run:
         self.recent: list[float] = []  # losses since the last row of the log
         self.log: list[dict[str, object]] = []
 
-    def advance(self, tokens: Tensor, following: Tensor) -> float:
+    def advance(self, *batch: Tensor) -> float:
         """One optimizer step; returns the loss of its batch, nats a token."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.plan.rate(self.step)
-        logits = self.model(tokens.to(self.device))
-        loss = functional.cross_entropy(logits.flatten(0, 1), following.to(self.device).flatten())
+        loss = self.loss(self.model, *(part.to(self.device) for part in batch))
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
@@ -161,6 +220,8 @@ class Run:
     def save_state(self, path: Path) -> None:
         """Write all that is needed to go on."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        if self.extra:
+            tensors |= {f"extra.{k}": v for k, v in self.extra.state_dict().items()}
         for i, optimizer in enumerate(self.optimizers):
             for key, state in optimizer.state_dict()["state"].items():
                 for name, value in state.items():
@@ -182,7 +243,7 @@ class Run:
             with safe_open(str(path), "pt") as file:
                 facts = json.loads(file.metadata()["run"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            stored = Plan(**facts["plan"])
+            stored = type(self.plan)(**facts["plan"])
             counted, digest = {name: facts[name] for name in _COUNTED}, facts["sha256"]
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a training state ({error}); delete it") from None
@@ -190,6 +251,8 @@ class Run:
             raise ValueError(f"{path} is altered: its SHA-256 is another; delete it")
         self._match(stored, counted["step"], path)
         self.model.load_state_dict(_under("model.", tensors))
+        if self.extra:
+            self.extra.load_state_dict(_under("extra.", tensors))
         for i, optimizer in enumerate(self.optimizers):
             restored: dict[int, dict[str, Tensor]] = {}
             for name, value in _under(f"optimizer.{i}.", tensors).items():
@@ -246,19 +309,33 @@ def _machine(device: str) -> str:
     return f"{platform.machine()} processor, {torch.get_num_threads()} threads"
 
 
-def train(plan: Plan, folder: Path, device: str = "cpu", every: int = 50) -> Transformer:
-    """Train to the end, or until an interrupt; then raises KeyboardInterrupt, the state saved."""
-    run, state = Run(plan, device), folder / STATE
+def train(
+    plan: Plan,
+    folder: Path,
+    device: str = "cpu",
+    every: int = 50,
+    lesson: Lesson | None = None,
+    start: Transformer | None = None,
+) -> Transformer:
+    """Train to the end, or until an interrupt; then raises KeyboardInterrupt, the state saved.
+
+    Parameters
+    ----------
+    plan, device, lesson, start : see `Run`; without a lesson it is the training texts.
+    folder : receives the checkpoint, or the state.
+    every : steps between the rows of the log.
+    """
+    run, state = Run(plan, device, lesson, start), folder / STATE
     folder.mkdir(parents=True, exist_ok=True)
     if state.exists():
         run.load_state(state)
         print(f"going on from step {run.step} of {plan.steps}", flush=True)
-    sources = training_sources()
+    lesson = lesson or text_lesson(training_sources(), plan)
     held_out = text.encode(text.load_text(text.HELD_OUT))
     last, saved, begin = time.monotonic(), time.monotonic(), run.seconds - time.monotonic()
     with _interruptible() as interrupted:
         while run.step < plan.steps:
-            loss = run.advance(*draw(sources, plan, run.step))
+            loss = run.advance(*lesson.batch(run.model, run.step))
             run.seconds = begin + time.monotonic()
             finished = run.step == plan.steps
             if run.step % every == 0 or finished:
