@@ -1,0 +1,180 @@
+"""Low rank by what the layer reads: ASVD, the optimum for the output, and for the loss.
+
+A cut through the singular values of W is nearest to W. What counts is the layer's output on its
+inputs x, mean |x (W - W_r)^T|^2, which is tr (W - W_r) H (W - W_r)^T with H = X^T X / tokens.
+All of these decompose another matrix and take the change back afterwards:
+
+- ASVD scales the columns of W by the mean magnitude of their inputs, to a power alpha.
+- `whitened` takes W L with L L^T = H. The output's error is then the tail of the singular values,
+  and no rank-r weight has a smaller one on these inputs: it solves the problem.
+- `two_sided` weighs the outputs too, by the covariance G of the loss's gradients: it minimizes
+  tr G (W - W_r) H (W - W_r)^T, to second order twice what the loss rises by. Its singular values
+  are in one currency for all layers.
+
+All of it runs in float64; H and G get a small part of their mean diagonal on the diagonal.
+
+Sources: ASVD, arXiv 2312.05821, section 3 (eq. 1, 3-8; eq. 9 is the Cholesky factor); SVD-LLM,
+arXiv 2403.07378, section 3.1; the two sides, GFWSVD, arXiv 2505.17974, and K-FAC, arXiv 1503.05671.
+
+Chapter: factorization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rooflm.lab.calibrate import LINEARS, plain_linear
+from rooflm.lab.factorize.svd import Decomposition, check_matrix, decompose
+from rooflm.lab.model import Transformer
+from rooflm.lab.quantize.gptq import check_hessian
+from rooflm.roofline.numeric import shorten
+
+DAMP = 1e-9  # of the mean diagonal: enough to invert, too little to be seen in an error
+
+
+def asvd(weight: Tensor, mean_abs: Tensor, alpha: float = 0.5) -> Decomposition:
+    """Activation-aware SVD: of W S, with S^-1 multiplied back.
+
+    Parameters
+    ----------
+    weight : (d_out, d_in).
+    mean_abs : (d_in,), mean magnitude of each input.
+    alpha : S = diag(mean_abs^alpha). 0 is the plain SVD; 0.5 is what the authors' code is run at.
+
+    Source: ASVD, arXiv 2312.05821, section 3, eq. 3-8; the 1e-6 is their code's.
+    """
+    if not 0 <= alpha <= 2:
+        raise ValueError(f"alpha is {shorten(alpha)}; allowed: 0 to 2")
+    if mean_abs.shape != weight.shape[1:] or not bool((mean_abs >= 0).all()):
+        given = tuple(mean_abs.shape)
+        raise ValueError(f"mean_abs is {given}; allowed: {weight.shape[1:]}, 0 or more")
+    scale = mean_abs.double() ** alpha + 1e-6
+    found = decompose(check_matrix(weight).double() * scale)
+    return found._replace(right=found.right / scale)
+
+
+def whitened(weight: Tensor, hessian: Tensor, damp: float = DAMP) -> Decomposition:
+    """The decomposition whose cuts have the least output error of their rank.
+
+    Parameters
+    ----------
+    weight : (d_out, d_in).
+    hessian : (d_in, d_in), inputs^T inputs / tokens.
+    damp : added to the diagonal, as a part of its mean.
+
+    Returns
+    -------
+    Decomposition
+        its `tails` are the output error of each rank, the mean over tokens of the squared
+        error summed over outputs (with the damped Hessian).
+
+    Raises
+    ------
+    ValueError
+        for a Hessian that does not belong to the weight or has no inverse.
+
+    Source: SVD-LLM, arXiv 2403.07378, section 3.1; ASVD, arXiv 2312.05821, eq. 9.
+    """
+    check_hessian(hessian, weight)
+    lower = cholesky(hessian, damp)
+    found = decompose(check_matrix(weight).double() @ lower)
+    return found._replace(right=_times_inverse(found.right, lower))
+
+
+def two_sided(
+    weight: Tensor, hessian: Tensor, gradients: Tensor, damp: float = DAMP
+) -> Decomposition:
+    """The decomposition whose cuts raise the loss least, by a second-order estimate.
+
+    Parameters
+    ----------
+    weight, hessian, damp : as in `whitened`.
+    gradients : (d_out, d_out), mean g g^T of the loss's gradients with respect to the outputs.
+
+    Returns
+    -------
+    Decomposition
+        half of its `tails` estimate what the loss rises by, nats a token.
+
+    Source: GFWSVD, arXiv 2505.17974; that Fisher's matrix is about H times G, K-FAC,
+    arXiv 1503.05671.
+    """
+    check_hessian(hessian, weight)
+    check_hessian(gradients, weight.T)
+    inputs, outputs = cholesky(hessian, damp), cholesky(gradients, damp)
+    found = decompose(outputs.T @ check_matrix(weight).double() @ inputs)
+    left = torch.linalg.solve_triangular(outputs.T, found.left, upper=True)
+    return Decomposition(left, found.singular, _times_inverse(found.right, inputs))
+
+
+def output_gradients(model: Transformer, rows: Tensor) -> dict[str, Tensor]:
+    """Mean g g^T over the tokens of a text, for the outputs of every linear layer.
+
+    Parameters
+    ----------
+    model : of plain layers.
+    rows : (rows, window), tokens; the loss of a row is the sum over its predictions.
+
+    Returns
+    -------
+    dict
+        "layers.0.q_proj": (d_out, d_out), and so on.
+    """
+    found: dict[str, Tensor] = {}
+
+    def gather(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            def add(gradient: Tensor) -> None:
+                g = gradient.flatten(0, -2)
+                found[name] = found.get(name, torch.zeros(())) + g.T @ g
+
+            output.register_hook(add)
+
+        return hook
+
+    hooks = [
+        plain_linear(block, name).register_forward_hook(gather(f"layers.{i}.{name}"))
+        for i, block in enumerate(model.layers)
+        for name in LINEARS
+    ]
+    try:
+        with torch.enable_grad():
+            for row in rows:
+                states = model.embedding(row[None, :-1]).detach().requires_grad_(True)
+                for block in model.layers:
+                    states = block(states, model.rope, None)
+                logits = model.logits(states)[0]
+                functional.cross_entropy(logits, row[1:], reduction="sum").backward()
+    finally:
+        for handle in hooks:
+            handle.remove()
+        model.zero_grad(set_to_none=True)
+    tokens = rows.shape[0] * (rows.shape[1] - 1)
+    return {name: gram / tokens for name, gram in found.items()}
+
+
+def cholesky(matrix: Tensor, damp: float = DAMP) -> Tensor:
+    """The lower triangular L with L L^T = M + damp mean(diag M) I, in float64.
+
+    A row that was never excited, M[j, j] = 0, counts as little as the damping says.
+    """
+    damped = matrix.double().clone()
+    diagonal = damped.diagonal()
+    diagonal += damp * diagonal.mean()
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        raise ValueError(
+            f"the matrix has no Cholesky factor with damp = {damp:g}; allowed: a larger damp, or "
+            "more calibration tokens"
+        )
+    return lower
+
+
+def _times_inverse(right: Tensor, lower: Tensor) -> Tensor:
+    """right L^-1."""
+    return torch.linalg.solve_triangular(lower, right, upper=False, left=False)

@@ -1,0 +1,74 @@
+"""Singular values beside those of noise: how much of a weight is structure that a rank can hold.
+
+The control of a spectrum is a matrix of independent entries of the same norm. Its singular values
+follow a law that depends on its shape alone, in the limit of large matrices, which ours are close
+to. `noise_spectrum` gives the law's quantiles.
+
+Source: Marchenko and Pastur, Mathematics of the USSR-Sbornik 1 (1967), 457.
+
+Chapter: factorization.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rooflm.lab.factorize.svd import tails
+from rooflm.roofline.numeric import size
+
+_STEPS = 20_000
+
+
+def noise_spectrum(d_out: int, d_in: int) -> Tensor:
+    """Singular values of noise, the sum of whose squares is 1.
+
+    Returns
+    -------
+    Tensor
+        (min(d_out, d_in),), falling: the quantiles of the law.
+
+    Source: Marchenko and Pastur (1967); with ratio c of the sides, the squares over their mean lie
+    within (1 ± sqrt c)^2 and have the density sqrt((b - x)(x - a)) / (2 pi c x).
+    """
+    k = min(size("d_out", d_out), size("d_in", d_in))
+    c = k / max(d_out, d_in)
+    # x = 1 + c + 2 sqrt(c) cos(angle): the density in the angle is 2 sin^2 / (pi x), finite.
+    angle = (torch.arange(_STEPS, dtype=torch.float64) + 0.5) * math.pi / _STEPS
+    squares = 1 + c + 2 * math.sqrt(c) * angle.cos()  # falling
+    mass = (2 * angle.sin().square() / (math.pi * squares)).cumsum(0)
+    wanted = (torch.arange(k, dtype=torch.float64) + 0.5) / k
+    found = squares[torch.searchsorted(mass / mass[-1], wanted)]
+    return (found / found.sum()).sqrt()
+
+
+def energy(singular: Tensor) -> Tensor:
+    """The share of the squared norm that each rank keeps.
+
+    Parameters
+    ----------
+    singular : (k,), falling.
+
+    Returns
+    -------
+    Tensor
+        (k + 1,), for ranks 0 to k; from 0 to 1.
+
+    >>> energy(torch.tensor([3.0, 1.0])).tolist()
+    [0.0, 0.9, 1.0]
+    """
+    left = tails(singular)
+    return 1 - left / left[0]
+
+
+def rank_of_energy(singular: Tensor, share: float) -> int:
+    """The least rank that keeps a share of the squared norm.
+
+    >>> rank_of_energy(torch.tensor([3.0, 1.0]), 0.95)
+    2
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}; allowed: 0 to 1")
+    return int(torch.searchsorted(energy(singular), share - 1e-12))
