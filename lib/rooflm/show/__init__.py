@@ -6,6 +6,7 @@ alternative text, which is also what a terminal shows.
 
 try:
     from rooflm.show.checks import check, checks
+    from rooflm.show.distillation_explorer import distillation_explorer
     from rooflm.show.eviction_explorer import eviction_explorer
     from rooflm.show.figures import bars, figure, lines, memory_bars, operator_bars, roofline, roofs
     from rooflm.show.finetuning_explorer import finetuning_explorer
@@ -14,10 +15,12 @@ try:
     from rooflm.show.frontier import Measured, frontier
     from rooflm.show.grids import grids
     from rooflm.show.kv_bits_explorer import kv_bits_explorer
+    from rooflm.show.low_rank_explorer import low_rank_explorer
     from rooflm.show.methods_explorer import methods_explorer
     from rooflm.show.paging_explorer import paging_explorer
     from rooflm.show.pass_explorer import explorer
     from rooflm.show.scatter import scatter
+    from rooflm.show.sparsity_explorer import sparsity_explorer
     from rooflm.show.tables import operators, table
     from rooflm.show.text import equation, say, takeaway
     from rooflm.show.words import si
@@ -31,6 +34,7 @@ __all__ = [
     "bars",
     "check",
     "checks",
+    "distillation_explorer",
     "equation",
     "eviction_explorer",
     "explorer",
@@ -42,6 +46,7 @@ __all__ = [
     "grids",
     "kv_bits_explorer",
     "lines",
+    "low_rank_explorer",
     "memory_bars",
     "methods_explorer",
     "operator_bars",
@@ -52,6 +57,7 @@ __all__ = [
     "say",
     "scatter",
     "si",
+    "sparsity_explorer",
     "table",
     "takeaway",
 ]

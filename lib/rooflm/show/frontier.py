@@ -68,7 +68,7 @@ def frontier(
             ]
             reach = np.abs(np.array(ends, dtype=float).T - y)
             ax.errorbar(x, y, yerr=reach if reach.any() else None, label=fold(label, 36),
-                        color=PALETTE[i % 8], marker=MARKERS[i % 8], markeredgecolor=INK,
+                        color=PALETTE[i % 8], marker=MARKERS[(i + i // 8) % 8], markeredgecolor=INK,
                         markeredgewidth=0.5, linestyle="-" if joined else "none", linewidth=1.4,
                         elinewidth=1.4, capsize=2, zorder=3)  # fmt: skip
         if line:

@@ -81,7 +81,9 @@ def memory_bars(
 
 
 def _family(name: str) -> str:
-    """Operators that are drawn as one."""
+    """Operators that are drawn as one: the factors of a projection with it."""
+    if name.endswith(("_proj_a", "_proj_b")):
+        name = name[:-2]
     if name in _PROJECTIONS:
         return short_names(_PROJECTIONS)
     if name in ("gate_proj", "up_proj", "down_proj"):
