@@ -101,8 +101,8 @@ def trained_layers(name: str, count: int) -> list[Layer]:
     Calibrated on a text of the training, held out on one that the model never saw.
     """
     from rooflm.lab import text
-    from rooflm.lab.checkpoints import load_checkpoint
     from rooflm.lab.calibrate import LINEARS, calibration_rows
+    from rooflm.lab.checkpoints import load_checkpoint
 
     model = load_checkpoint(name)
     places = [(i, linear) for linear in LINEARS for i in range(len(model.layers))][:count]
