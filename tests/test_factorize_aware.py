@@ -174,6 +174,22 @@ def test_a_silent_channel_costs_nothing_and_breaks_nothing():
     assert torch.isfinite(truncate(asvd(weight, x.abs().mean(0)), 5).weight).all()
 
 
+def test_a_channel_of_huge_inputs_does_not_drown_the_others():
+    """Sums in float32, of fewer independent tokens than channels, with one channel 1,000 times."""
+    weight, x = layer(tokens=400)
+    x[:, 3] = 1000 * x[:, 0] + 0.1 * x[:, 3]
+    hessian = x.T @ x / len(x)
+    lower = cholesky(hessian)
+    root = hessian.diagonal().double().sqrt()
+    apart = (lower @ lower.T - hessian.double()) / torch.outer(root, root)
+    assert apart.abs().max() < 1e-5
+    few = x[:6].T @ x[:6] / 6  # of rank 6, not 10
+    found = whitened(weight, few)
+    cut = truncate(found, 6).weight
+    assert torch.isfinite(cut).all()
+    assert output_error(weight, cut, x[:6]) < 1e-4 * output_error(weight, 0 * weight, x[:6])
+
+
 def test_bad_input_is_named():
     weight, x = layer()
     with pytest.raises(ValueError, match="alpha is -1"):

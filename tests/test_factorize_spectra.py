@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from rooflm.lab.factorize.spectra import energy, noise_spectrum, rank_of_energy
+from rooflm.lab.factorize.spectra import (
+    energy,
+    kept_at_break_even,
+    noise_spectrum,
+    rank_of_energy,
+)
+from rooflm.lab.factorize.timing import factor_times
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (768, 256), (128, 512)])
@@ -44,3 +50,21 @@ def test_bad_input_is_named():
         rank_of_energy(torch.ones(3), 2)
     with pytest.raises(ValueError, match="d_out"):
         noise_spectrum(0, 4)
+
+
+def test_the_break_even_rank_keeps_no_more_of_noise_than_its_law_says():
+    noise = [torch.randn(96, 64, generator=torch.Generator().manual_seed(s)) for s in range(3)]
+    kept, law = kept_at_break_even(noise)
+    assert kept == pytest.approx(law, abs=0.01)
+    low = [torch.randn(96, 5) @ torch.randn(5, 64)]
+    assert kept_at_break_even(low)[0] == pytest.approx(1)
+    rank = 96 * 64 // (96 + 64)
+    singular = torch.linalg.svdvals(noise[0].double())
+    assert kept_at_break_even(noise[:1])[0] == pytest.approx(
+        (singular[:rank].square().sum() / singular.square().sum()).item()
+    )
+
+
+def test_times_are_ratios_to_the_whole_matrix():
+    found = factor_times(64, (8, 16), tokens=4, runs=2)
+    assert list(found) == [8, 16] and all(x > 0 for x in found.values())

@@ -11,7 +11,7 @@ All of these decompose another matrix and take the change back afterwards:
   tr G (W - W_r) H (W - W_r)^T, to second order twice what the loss rises by. Its singular values
   are in one currency for all layers.
 
-All of it runs in float64; H and G get a small part of their mean diagonal on the diagonal.
+All of it runs in float64; H and G get a small part of their diagonal added to it.
 
 Sources: ASVD, arXiv 2312.05821, section 3 (eq. 1, 3-8; eq. 9 is the Cholesky factor); SVD-LLM,
 arXiv 2403.07378, section 3.1; the two sides, GFWSVD, arXiv 2505.17974, and K-FAC, arXiv 1503.05671.
@@ -34,7 +34,8 @@ from rooflm.lab.model import Transformer
 from rooflm.lab.quantize.gptq import check_hessian
 from rooflm.roofline.numeric import shorten
 
-DAMP = 1e-9  # of the mean diagonal: enough to invert, too little to be seen in an error
+DAMP = 1e-9  # of each channel's power: enough to invert, too little to be seen in an error
+MOST_DAMP = 1e-2
 
 
 def asvd(weight: Tensor, mean_abs: Tensor, alpha: float = 0.5) -> Decomposition:
@@ -65,7 +66,7 @@ def whitened(weight: Tensor, hessian: Tensor, damp: float = DAMP) -> Decompositi
     ----------
     weight : (d_out, d_in).
     hessian : (d_in, d_in), inputs^T inputs / tokens.
-    damp : added to the diagonal, as a part of its mean.
+    damp : added to the diagonal, as a part of itself; see `cholesky`.
 
     Returns
     -------
@@ -159,20 +160,28 @@ def output_gradients(model: Transformer, rows: Tensor) -> dict[str, Tensor]:
 
 
 def cholesky(matrix: Tensor, damp: float = DAMP) -> Tensor:
-    """The lower triangular L with L L^T = M + damp mean(diag M) I, in float64.
+    """The lower triangular L with L L^T = M + damp diag(M), in float64.
 
-    A row that was never excited, M[j, j] = 0, counts as little as the damping says.
+    Each channel is damped by its own power, so that one of very large inputs does not drown the
+    others. Where sums in float32 have left M without a factor, damp is raised tenfold until there
+    is one. A channel that was never excited counts as little as damp times the mean power.
+
+    Parameters
+    ----------
+    matrix : (d, d), symmetric, positive semi-definite up to rounding.
+    damp : where to begin; up to `MOST_DAMP`.
     """
-    damped = matrix.double().clone()
-    diagonal = damped.diagonal()
-    diagonal += damp * diagonal.mean()
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if failed:
-        raise ValueError(
-            f"the matrix has no Cholesky factor with damp = {damp:g}; allowed: a larger damp, or "
-            "more calibration tokens"
-        )
-    return lower
+    power = matrix.diagonal().double()
+    silent = power <= 0
+    root = torch.where(silent, power.mean(), power).sqrt()
+    even = matrix.double() / torch.outer(root, root)  # ones on the diagonal
+    while 0 <= damp <= MOST_DAMP and bool((root > 0).all()):
+        damped = even + damp * torch.eye(len(even), dtype=even.dtype, device=even.device)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return root[:, None] * lower
+        damp = max(10 * damp, DAMP)
+    raise ValueError("the matrix has no Cholesky factor; allowed: a matrix of second moments")
 
 
 def _times_inverse(right: Tensor, lower: Tensor) -> Tensor:

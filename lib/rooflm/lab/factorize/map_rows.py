@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from rooflm.lab import pairs, text
 from rooflm.lab.bench import SMOLLM2, WINDOW
 from rooflm.lab.estimates import Estimate, ratio_estimate
-from rooflm.lab.factorize.sweep import find_row
+from rooflm.lab.factorize.sweep import find_row, more_correct
 from rooflm.lab.factorize.variants import Variant
 from rooflm.lab.quantize.map_rows import loss_words
 from rooflm.lab.rows import Row
@@ -46,6 +47,56 @@ def tabulate(
 
     found = {name: find_row(rows, variant) for name, variant in wanted.items()}
     return [(name, *(cell(row, column) for column in columns)) for name, row in found.items()]
+
+
+def at_shares(
+    rows: Iterable[Row], wanted: Mapping[str, Variant], shares: Iterable[float]
+) -> list[tuple[str, ...]]:
+    """Rows for a table: the loss of each variant at each share, with half its interval in words."""
+    rows, shares = list(rows), list(shares)
+    return [
+        (name, *(loss_words(find_row(rows, replace(variant, share=s))) for s in shares))
+        for name, variant in wanted.items()
+    ]
+
+
+def gaps(
+    rows: Iterable[Row],
+    wanted: Mapping[str, Variant],
+    pairs: Iterable[tuple[str, str]],
+    shares: Iterable[float] = (),
+) -> list[tuple[str, ...]]:
+    """Rows for a table: paired differences of two variants' losses, the first less the second.
+
+    Parameters
+    ----------
+    wanted : variants by name.
+    pairs : names, two by two.
+    shares : a column for each; for none, one column of the variants as they are.
+    """
+    rows = list(rows)
+    columns: list[float | None] = [*shares] or [None]
+
+    def cell(pair: tuple[str, str], share: float | None) -> str:
+        two = (wanted[name] for name in pair)
+        found = [find_row(rows, v if share is None else replace(v, share=share)) for v in two]
+        return words(contrast(*found))
+
+    return [(f"{a} less {b}", *(cell((a, b), s) for s in columns)) for a, b in pairs]
+
+
+def beside(rows: Iterable[Row], ours: Variant, theirs: Variant) -> tuple[float, float, str]:
+    """Two variants: bits of a linear weight of each, and the paired difference of their losses."""
+    rows = list(rows)
+    pair = find_row(rows, ours), find_row(rows, theirs)
+    whole = find_row(rows, Variant())["linear_bits"] / 16
+    first, second = (row["linear_bits"] / whole for row in pair)
+    return first, second, words(contrast(*pair))
+
+
+def words(found: Estimate, digits: int = 4) -> str:
+    """An estimate with half its interval, such as "+0.0057 ± 0.0028"."""
+    return f"{found.value:+.{digits}f} ± {(found.high - found.low) / 2:.{digits}f}"
 
 
 def points(
@@ -87,3 +138,45 @@ def ranks_by_kind(row: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]])
         kind = name.rsplit(".", 1)[-1]
         found.setdefault(kind, []).append(rank if rank != "0" else "all")
     return {kind: " ".join(ranks) for kind, ranks in found.items()}
+
+
+class Trial(NamedTuple):
+    """A cut of LASER's, beside the full model.
+
+    Parameters
+    ----------
+    cut : in words.
+    chosen, tested : differences of the loss, bits per byte, on the blocks that cuts are chosen by
+        and on the others.
+    foreseen : by what share of the tokens more it is right, on the others.
+    """
+
+    cut: str
+    chosen: Estimate
+    tested: Estimate
+    foreseen: Estimate
+
+
+def laser_trials(rows: Iterable[Row]) -> list[Trial]:
+    """LASER's cuts, chosen on the first half of the text's blocks and tested on the second.
+
+    Returns
+    -------
+    list
+        the best of the first half first.
+    """
+    rows = list(rows)
+    full, found = find_row(rows, Variant()), []
+    half = len(full["nats"].split()) // 2
+    first, second = slice(0, half), slice(half, None)
+    for row in (row for row in rows if row["method"] == "laser"):
+        layer, matrix = (word.split("=")[1] for word in row["options"].split())
+        found.append(
+            Trial(
+                f"block {layer}, {matrix}, {row['share']:.0%} of the rank",
+                contrast(row, full, first),
+                contrast(row, full, second),
+                more_correct(row, full, second),
+            )
+        )
+    return sorted(found, key=lambda trial: trial.chosen.value)

@@ -12,11 +12,13 @@ Chapter: factorization.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from rooflm.lab.factorize.svd import tails
+from rooflm.roofline.low_rank import rank_of_share
 from rooflm.roofline.numeric import size
 
 _STEPS = 20_000
@@ -72,3 +74,16 @@ def rank_of_energy(singular: Tensor, share: float) -> int:
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}; allowed: 0 to 1")
     return int(torch.searchsorted(energy(singular), share - 1e-12))
+
+
+def kept_at_break_even(weights: Sequence[Tensor]) -> tuple[float, float]:
+    """The share of the squared norm that the break-even rank keeps, and that of noise.
+
+    Parameters
+    ----------
+    weights : of one shape; the first number is their mean.
+    """
+    d_out, d_in = weights[0].shape
+    rank = int(rank_of_share(d_in, d_out, 1.0))
+    kept = [float(energy(torch.linalg.svdvals(w.double()))[rank]) for w in weights]
+    return sum(kept) / len(kept), float(energy(noise_spectrum(d_out, d_in))[rank])

@@ -173,9 +173,12 @@ def _recovered() -> list[Variant]:
     found = [Variant(steps=STEPS), *factors, *controls, *then]
     slow = [replace(x, rate=RATE / 5) for x in (*found[:9], *controls)]
     # Below two bits a weight, where scalar grids end.
-    low = [Variant("whitened", s, "measured", pivoted=True, bits=4, quantizer="gptq")
-           for s in (0.5, 0.3, 0.2)]  # fmt: skip
-    return [*found, *slow, *low, *(replace(x, steps=STEPS) for x in low)]
+    low = [
+        Variant("whitened", s, "measured", pivoted=True, bits=4, quantizer="gptq")
+        for s in (0.5, 0.3, 0.2)
+    ]
+    trained = [replace(x, steps=STEPS, rate=rate) for rate in (RATE, RATE / 5) for x in low]
+    return [*found, *slow, *low, *trained]
 
 
 def _embeddings() -> list[Variant]:
