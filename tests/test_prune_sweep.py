@@ -183,12 +183,11 @@ def test_every_variant_has_a_name_of_its_own():
     assert label(names_of(Removal("last", layers=1), CONFIGS["teacher"])) == "last 16.7 % layers 1"
 
 
-@pytest.mark.parametrize("name", ["teacher"])
+@pytest.mark.parametrize("name", ["teacher", "smollm2"])
 def test_the_committed_map_is_whole_and_its_columns_agree(name):
     rows = sweep.load_map(name)
-    if name == "teacher":
-        for variant in [None, *variants()]:
-            sweep.find_row(rows, variant)
+    for variant in [None, *variants(name)]:
+        sweep.find_row(rows, variant)
     assert len(rows) == 1 + len(variants(name))
     full = rows[0]
     for row in rows:

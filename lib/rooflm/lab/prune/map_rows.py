@@ -51,13 +51,26 @@ def tabulate(
     return [(name, *(cell(row, column) for column in columns)) for name, row in found.items()]
 
 
-def losses(rows: Iterable[Row], variants: Mapping[str, Iterable[Variant]]) -> list[tuple[str, ...]]:
-    """Rows for a table: a name, and the loss of each of its variants; the full model is a dash."""
-    rows = list(rows)
-    return [
-        (name, *(row[1] for row in tabulate(rows, {str(i): x for i, x in enumerate(of)}, ["loss"])))
-        for name, of in variants.items()
-    ]
+def losses(
+    rows: Iterable[Row],
+    variants: Mapping[str, Iterable[Variant]],
+    less: Iterable[tuple[int, int]] = (),
+) -> list[tuple[str, ...]]:
+    """Rows for a table: a name, and the loss of each of its variants; the full model is a dash.
+
+    Parameters
+    ----------
+    less : for each (i, j) one more column, of the i-th variant less the j-th, paired, with the
+        verdict; a dash where one of them is the full model.
+    """
+    rows, less, found = list(rows), list(less), []
+    for name, wanted in variants.items():
+        own = list(wanted)
+        cells = [row[1] for row in tabulate(rows, {str(i): x for i, x in enumerate(own)}, ["loss"])]
+        pairs = [(own[i], own[j]) for i, j in less]
+        apart = ["–" if None in pair else beside(rows, *pair) for pair in pairs]
+        found.append((name, *cells, *apart))
+    return found
 
 
 def points(
