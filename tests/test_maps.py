@@ -83,17 +83,3 @@ def test_another_checkpoint_another_length_and_nothing_are_one_line(tmp_path):
 def test_an_estimate_survives_its_three_columns():
     found = Estimate(0.25, 0.125, 0.5)
     assert maps.estimate(maps.spread("loss", found), "loss") == found
-
-
-def test_a_command_ends_with_one_line_and_a_status(capsys):
-    def wrong():
-        raise ValueError("width is 0; allowed: 1 or more")
-
-    def stopped():
-        raise KeyboardInterrupt
-
-    assert maps.attempt("numbers", lambda: None) == 0
-    assert maps.attempt("numbers", wrong) == 2
-    assert capsys.readouterr().err == "numbers: error: width is 0; allowed: 1 or more\n"
-    assert maps.attempt("numbers", stopped) == 130
-    assert "goes on" in capsys.readouterr().err

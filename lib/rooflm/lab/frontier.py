@@ -23,7 +23,6 @@ Chapter: factorization.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from pathlib import Path
 from rooflm.lab import maps, pairs
 from rooflm.lab.bench import TOKENS, WINDOW, checkpoint_digest, decode_bytes, linear_weights
 from rooflm.lab.checkpoints import checkpoint_names, load_checkpoint
+from rooflm.lab.command import OneLineParser, attempt, say
 from rooflm.lab.evaluate import compare
 from rooflm.lab.map_points import BOTH, DISTILLED, QUANTIZED, TEACHER, Point, map_points, place
 from rooflm.lab.pareto import FRONTIER_COLUMNS, frontier_rows
@@ -190,8 +190,8 @@ def _from_row(row: Row) -> Point:
     )  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
         prog=MAP.command,
         description="Put all maps on one frontier: bytes per decoded token against loss.",
         epilog="An interrupted run goes on when the same command is given.",
@@ -213,7 +213,7 @@ def main(given: list[str] | None = None) -> int:
 
     def work() -> None:
         taken = map_points()  # refuses what is missing before the teacher is read
-        fill(make_bench(TEACHER, a.tokens), variants(), path, taken, a.fresh, maps.say)
+        fill(make_bench(TEACHER, a.tokens), variants(), path, taken, a.fresh, say)
         points = load_points(path)
         print(f"{len(points)} points are in {path}; on the frontier:")
         table = [FRONTIER_COLUMNS, *frontier_rows(points)]
@@ -223,7 +223,7 @@ def main(given: list[str] | None = None) -> int:
         print("step: whether the point before it surely loses more")
         print("rivals: points that cannot be told from it, by paired + by single intervals")
 
-    return maps.attempt("rooflm.lab.frontier", work)
+    return attempt(MAP.command, work)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Chapter: quantization methods.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -148,21 +147,3 @@ def spread(name: str, found: Estimate) -> dict[str, float]:
 def estimate(row: Mapping[str, Any], name: str) -> Estimate:
     """Three columns as the estimate that `spread` made them of."""
     return Estimate(*(row[f"{name}{end}"] for end in ("", "_low", "_high")))
-
-
-def attempt(prog: str, work: Callable[[], object]) -> int:
-    """Run a measuring command's work; its exit status, with one line for what went wrong."""
-    try:
-        work()
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last row", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def say(line: str) -> None:
-    """Print a line of progress at once."""
-    print(line, flush=True)

@@ -37,7 +37,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,6 +46,7 @@ from torch.nn import functional
 
 from rooflm.lab import text
 from rooflm.lab.checkpoints import save_checkpoint
+from rooflm.lab.command import OneLineParser, attempt
 from rooflm.lab.evaluate import token_losses
 from rooflm.lab.model import Config, Transformer
 from rooflm.lab.muon import Muon
@@ -58,6 +58,7 @@ CONFIGS = {
     "teacher": Config(VOCAB, hidden=256, layers=6, heads=4, kv_heads=2, intermediate=768),
     "student": Config(VOCAB, hidden=128, layers=4, heads=2, kv_heads=1, intermediate=384),
 }
+COMMAND = "python -m rooflm.lab.train"
 STATE = "training-state.safetensors"
 COLUMNS = ("step", "tokens", "seconds", "learning_rate", "training_loss", "bits_per_byte")
 _COUNTED = ("step", "seconds", "recent", "log")  # of a `Run`, beside its tensors
@@ -382,14 +383,9 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # one line, without the usage
-        self.exit(2, f"rooflm.lab.train: error: {' '.join(message.split())}\n")
-
-
 def _arguments(given: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m rooflm.lab.train",
+    parser = OneLineParser(
+        prog=COMMAND,
         description="Train one of the laboratory's models on Austen and her contemporaries.",
         epilog="An interrupted run goes on where it was when the same command is given again.",
     )
@@ -442,18 +438,16 @@ def main(given: list[str] | None = None) -> int:
         seed=arguments.seed,
     )
     folder = arguments.out or data_path("checkpoints", arguments.model)
-    try:
+
+    def work() -> None:
         train(plan, folder, arguments.device, arguments.every)
-    except KeyboardInterrupt:
+        print(f"written to {folder}")
+
+    def next_time() -> str:
         kept = (folder / STATE).exists()
-        next_time = f"goes on from {folder / STATE}" if kept else "begins anew"
-        print(f"interrupted; the same command {next_time}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"rooflm.lab.train: error: {error}", file=sys.stderr)
-        return 2
-    print(f"written to {folder}")
-    return 0
+        return f"goes on from {folder / STATE}" if kept else "begins anew"
+
+    return attempt(COMMAND, work, next_time)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,18 @@ Chapter: distillation.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from rooflm.lab import maps, text
+from rooflm.lab import text
 from rooflm.lab.bench import TOKENS, WINDOW, Bench, checkpoint_digest
 from rooflm.lab.checkpoints import load_checkpoint, save_checkpoint
+from rooflm.lab.command import OneLineParser, attempt, say
 from rooflm.lab.distill import ledger
 from rooflm.lab.distill.ledger import LEDGER, Wanted
 from rooflm.lab.distill.measure import Scales
@@ -45,9 +44,7 @@ class Measurer:
     tokens : of *Persuasion*, measured on; prompts are taken from what follows.
     """
 
-    def __init__(
-        self, runs: Path, tokens: int = TOKENS, say: Callable[[str], None] = maps.say
-    ) -> None:
+    def __init__(self, runs: Path, tokens: int = TOKENS, say: Callable[[str], None] = say) -> None:
         self.runs, self.tokens, self.say = runs, tokens, say
 
     @cached_property
@@ -102,13 +99,8 @@ def _seconds(folder: Path) -> float:
     return float(list(csv.DictReader(x for x in lines if x[:1] != "#"))[-1]["seconds"])
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # one line, without the usage
-        self.exit(2, f"rooflm.lab.distill: error: {' '.join(message.split())}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
         prog=LEDGER.command,
         description="Distil the student in every way of the chapter, and measure it.",
         epilog="An interrupted command goes on when it is given again.",
@@ -149,14 +141,13 @@ def main(given: list[str] | None = None) -> int:
             ledger.check_teacher(read_rows(path, LEDGER.columns, LEDGER.command))
         digest, tokens = checkpoint_digest(STUDENT), a.tokens // WINDOW * WINDOW
         LEDGER.fill(
-            path, STUDENT, digest, tokens, wanted, ledger.names, measurer.row, words, a.fresh,
-            maps.say,
-        )  # fmt: skip
+            path, STUDENT, digest, tokens, wanted, ledger.names, measurer.row, words, a.fresh, say
+        )
         if a.save:
-            keep(wanted, measurer.workshop, maps.say)
+            keep(wanted, measurer.workshop, say)
         print(f"the ledger is in {path}")
 
-    return maps.attempt("rooflm.lab.distill", work)
+    return attempt(LEDGER.command, work)
 
 
 if __name__ == "__main__":

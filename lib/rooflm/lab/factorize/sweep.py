@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from rooflm.lab import maps, pairs
-from rooflm.lab.bench import SMOLLM2, TOKENS, WINDOW, checkpoint_digest, decode_bytes
+from rooflm.lab.bench import WINDOW, checkpoint_digest, decode_bytes
 from rooflm.lab.estimates import Estimate, ratio_estimate
 from rooflm.lab.evaluate import compare
 from rooflm.lab.factorize.bench import Built, FactorizeBench
@@ -40,8 +40,6 @@ from rooflm.lab.maps import spread
 from rooflm.lab.quantize.gptq import output_error
 from rooflm.lab.rows import Row
 
-SMOLLM2_TOKENS = 4096  # twenty-five times the teacher's work for each
-MODELS = ("teacher", SMOLLM2)
 KEYS = ("method", "share", "rule", "options")
 MAP = maps.MapFile(
     ("measurements", "factorization_map.csv"),
@@ -151,8 +149,3 @@ def _output_error(bench: FactorizeBench, built: Built) -> float | None:
         whole = output_error(weight, weight * 0, inputs.hessian)
         errors.append(output_error(weight, stored, inputs.hessian) / whole)
     return sum(errors) / len(errors) if errors else None
-
-
-def default_tokens(name: str) -> int:
-    """Predictions that a model is measured on unless told otherwise."""
-    return SMOLLM2_TOKENS if name == SMOLLM2 else TOKENS

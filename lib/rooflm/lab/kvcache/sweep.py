@@ -55,7 +55,6 @@ from rooflm.lab.rows import Row
 from rooflm.lab.smollm2 import load_smollm2
 from rooflm.roofline.numeric import unknown
 
-MODELS = ("teacher", SMOLLM2)
 BLOCK = 512
 CHUNK = 32
 TOKENS = {"teacher": 8192, SMOLLM2: 3072}
@@ -220,7 +219,7 @@ def answers(right: Tensor, logs: Tensor) -> dict[str, Any]:
 
 def make_bench(name: str | Path, tokens: int | None = None, cases: int | None = None) -> Bench:
     """The bench of "smollm2", of a checkpoint, or of a checkpoint's folder."""
-    kind = str(name) if str(name) in TOKENS else MODELS[0]
+    kind = str(name) if str(name) in TOKENS else "teacher"
     tokens = tokens or TOKENS[kind]
     if str(name) == SMOLLM2:
         cases = CASES if cases is None else cases

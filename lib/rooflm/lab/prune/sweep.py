@@ -1,9 +1,8 @@
 """The map: every way of pruning at every sparsity, measured on a model and a text.
 
     python -m rooflm.lab.prune
-    python -m rooflm.lab.prune --model smollm2
 
-measure 160 variants of the teacher, and thirty of SmolLM2, on *Persuasion* and write a row for
+measures 160 variants of the teacher, and thirty of SmolLM2, on *Persuasion* and writes a row for
 each into `data/measurements/pruning_map.csv`. A row that is there is not measured again.
 
 Conventions. `variants` says what tells a row from others. Blocks are calibrated in order on *Emma*,
@@ -46,7 +45,6 @@ from rooflm.lab.prune.storage import linear_bits
 from rooflm.lab.prune.variants import Variant, label, names_of
 from rooflm.lab.rows import Row
 
-SMOLLM2_TOKENS = 4096
 _KEYS = ("method", "sparsity", "pattern", "options")
 _SHAPE = ("layers", "heads", "kv_heads", "intermediate")
 _ENDS = ("", "_low", "_high")

@@ -25,11 +25,13 @@ from torch import Tensor
 from rooflm.lab import text
 from rooflm.lab.calibrate import calibration_rows
 from rooflm.lab.checkpoints import load_checkpoint, save_checkpoint
+from rooflm.lab.command import OneLineParser, attempt
 from rooflm.lab.evaluate import evaluate
 from rooflm.lab.model import Transformer
 from rooflm.lab.quantize.apply import METHODS, QuantizedModel, Recipe, Stored, quantize_model
 from rooflm.lab.stored import write_whole
 
+COMMAND = "python -m rooflm.lab.quantize"
 STATE = "quantizing-state.safetensors"
 CALIBRATION_TEXT = "emma"  # read in training; the held-out text stays unseen
 
@@ -124,10 +126,10 @@ def _log(identity: str, quantized: QuantizedModel, results: list[str]) -> str:
     return out.getvalue()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> OneLineParser:
     methods = "\n".join(f"  {name:11} {method.about}" for name, method in METHODS.items())
-    parser = argparse.ArgumentParser(
-        prog="python -m rooflm.lab.quantize",
+    parser = OneLineParser(
+        prog=COMMAND,
         description="Quantize the linear layers of a model and measure what is lost.",
         epilog=f"methods:\n{methods}\n\nAn interrupted run goes on when the same command is given.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -163,7 +165,8 @@ def main(given: list[str] | None = None) -> int:
             parser.error(f"--{name} is {getattr(a, name)}; allowed: {smallest} or more")
     if a.evaluate == 1:
         parser.error("--evaluate is 1; allowed: 0 for none, or 2 or more")
-    try:
+
+    def work() -> None:
         recipe = Recipe(
             a.method, a.bits, a.group, a.symmetric, a.clip, a.act_order, a.keep, a.format,
             a.rotate, a.activations, a.seed, a.per, a.smooth,
@@ -171,13 +174,8 @@ def main(given: list[str] | None = None) -> int:
         name = f"{Path(a.model).name}-{a.method}-{a.bits}b" + (f"-g{a.group}" if a.group else "")
         folder = a.out or Path("quantized") / name
         run(a.model, recipe, a.rows, a.window, a.evaluate, folder)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last block", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"rooflm.lab.quantize: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return attempt(COMMAND, work, lambda: "goes on after the last block")
 
 
 if __name__ == "__main__":

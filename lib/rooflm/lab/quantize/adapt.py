@@ -16,7 +16,6 @@ Chapter: quantized fine-tuning.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -28,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rooflm.lab import maps, pairs, text
+from rooflm.lab import pairs, text
 from rooflm.lab.bench import checkpoint_digest
 from rooflm.lab.calibrate import calibration_rows
 from rooflm.lab.checkpoints import load_checkpoint
+from rooflm.lab.command import OneLineParser, attempt, say
 from rooflm.lab.evaluate import Evaluation, compare, evaluate
 from rooflm.lab.finetune import (
     fit,
@@ -253,8 +253,8 @@ def _cost(model: Transformer, run: Run) -> dict[str, Any]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
         prog=LEDGER.command,
         description="Adapt a model to another author in every way of the chapter, and measure it.",
         epilog="An interrupted run goes on when the same command is given.",
@@ -282,10 +282,10 @@ def main(given: list[str] | None = None) -> int:
         def make() -> Workshop:
             return Workshop(load_checkpoint(a.model), a.tokens)
 
-        adapt(make, runs(a.part), path, name, digest, a.tokens, a.fresh, maps.say)
+        adapt(make, runs(a.part), path, name, digest, a.tokens, a.fresh, say)
         print(f"the ledger is in {path}")
 
-    return maps.attempt("rooflm.lab.quantize.adapt", work)
+    return attempt(LEDGER.command, work)
 
 
 if __name__ == "__main__":

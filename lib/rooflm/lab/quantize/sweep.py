@@ -1,9 +1,8 @@
 """The map: every method at every width, measured on a model and a text.
 
     python -m rooflm.lab.quantize.sweep
-    python -m rooflm.lab.quantize.sweep --model smollm2
 
-measure 130 variants of the teacher, and twenty of SmolLM2, on *Persuasion* and write a row
+measures 130 variants of the teacher, and twenty of SmolLM2, on *Persuasion* and writes a row
 for each into `data/measurements/quantization_map.csv`. A row that is there is not measured again,
 so that an interrupted run goes on when the same command is given. A file whose rows are of
 another checkpoint or length is refused.
@@ -18,7 +17,6 @@ Chapter: quantization methods.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -28,15 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from rooflm.lab import maps
-from rooflm.lab.bench import SMOLLM2, TOKENS, WINDOW, checkpoint_digest
+from rooflm.lab.bench import MAP_TOKENS, SMOLLM2, WINDOW, checkpoint_digest
+from rooflm.lab.command import say
 from rooflm.lab.estimates import Estimate
 from rooflm.lab.evaluate import Comparison, compare
+from rooflm.lab.map_command import Job, MapCommand
 from rooflm.lab.quantize.bench import QuantizeBench, make_bench
 from rooflm.lab.quantize.methods import METHODS, Recipe
 from rooflm.lab.rows import Row
 
 FULL = "full"  # the method of the row without quantization
-_SMOLLM2_TOKENS = 4096  # twenty-five times the teacher's work for each
 # Their bits are not chosen.
 _OWN_BITS = ("format", "binary", "ternary", "pb-llm", "billm", "llm-int8")
 _KEYS = ("method", "bits", "group", "options")
@@ -190,40 +189,21 @@ def _names(recipe: Recipe | None) -> dict[str, Any]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=MAP.command,
-        description="Measure every quantization method on a model and write the map.",
-        epilog="An interrupted run goes on when the same command is given.",
-    )
-    add = parser.add_argument
-    add("--model", default="teacher", help="teacher, student, smollm2 or a checkpoint's folder")
-    tokens = f"of Persuasion to measure on ({TOKENS}; {SMOLLM2}: {_SMOLLM2_TOKENS})"
-    add("--tokens", type=int, help=tokens)
-    add("--method", choices=METHODS, metavar="METHOD", help="only variants of this method")
-    add("--fresh", action="store_true", help="drop the rows that the file holds of the model")
-    add("--out", type=Path, help="the map (data/measurements/quantization_map.csv)")
-    return parser
+def _measure(job: Job) -> None:
+    recipes = [recipe for recipe in variants(job.name) if job.wants(recipe.method)]
+    bench = make_bench(job.model, job.tokens)
+    sweep(bench, recipes, job.path, job.name, job.digest, job.given.fresh, say)
 
 
-def main(given: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    parser = _parser()
-    a = parser.parse_args(given)
-    tokens = a.tokens or (_SMOLLM2_TOKENS if a.model == SMOLLM2 else TOKENS)
-    if tokens < 2 * WINDOW:
-        parser.error(f"--tokens is {tokens}; allowed: {2 * WINDOW} or more")
-    path, name = a.out or MAP.path, Path(a.model).name
-
-    def work() -> None:
-        digest = checkpoint_digest(a.model)
-        if not a.fresh:  # before the minute of calibration
-            MAP.check(path, name, digest, tokens // WINDOW * WINDOW)
-        recipes = [r for r in variants(name) if a.method in (None, r.method)]
-        sweep(make_bench(a.model, tokens), recipes, path, name, digest, a.fresh, maps.say)
-        print(f"the map is in {path}")
-
-    return maps.attempt("rooflm.lab.quantize.sweep", work)
+COMMAND = MapCommand(
+    MAP,
+    "Measure every quantization method on a model and write the map.",
+    MAP_TOKENS,
+    WINDOW,
+    METHODS,
+    _measure,
+)
+main = COMMAND.main
 
 
 if __name__ == "__main__":
