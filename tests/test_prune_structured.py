@@ -1,4 +1,4 @@
-"""Heads, channels and layers: removed equals masked, scores against gradients, recovery."""
+"""Heads, channels and layers: removed equals masked, scores against gradients."""
 
 from dataclasses import replace
 
@@ -8,13 +8,12 @@ import torch
 import rooflm
 from rooflm.lab.bench import decode_bytes, linear_weights
 from rooflm.lab.calibrate import LINEARS, visit_blocks
-from rooflm.lab.finetune import next_token_loss, text_batches
+from rooflm.lab.finetune import next_token_loss
 from rooflm.lab.model import Config, FullCache
-from rooflm.lab.prune import apply, depth, structured
+from rooflm.lab.prune import depth, structured
 from rooflm.lab.prune.apply import choose_parts, prune_model, prune_weight, remove_parts
 from rooflm.lab.prune.masks import density
 from rooflm.lab.prune.recipes import CRITERIA, Recipe, Removal
-from rooflm.lab.prune.recover import MaskedLinear, recover, zeros
 from rooflm.lab.prune.remove import Structure, blank, choose_channels, choose_heads, remove
 from rooflm.lab.prune.sparsegpt import sparsegpt
 
@@ -297,55 +296,6 @@ def test_owl_changes_which_blocks_lose_and_not_how_many_weights_go(model, rows):
 def test_what_is_not_allowed_is_named(call, named):
     with pytest.raises(ValueError, match=named):
         call()
-
-
-# ---- recovery
-
-
-def test_recovery_lowers_the_loss_and_leaves_zeros_zero(model, rows):
-    pruned = prune_model(model, Recipe("magnitude", 0.6)).model
-    batches = text_batches(rows.flatten(), 4, 16)
-    found = recover(pruned, batches, 12, 3e-3)
-    assert next_token_loss(found, rows) < 0.9 * next_token_loss(pruned, rows)
-    assert zeros(found) == zeros(pruned) > 0.59 * linear_weights(CONFIG)
-    for ours, theirs in zip(found.layers, pruned.layers, strict=True):
-        for name in LINEARS:
-            assert torch.equal(getattr(ours, name).weight == 0, getattr(theirs, name).weight == 0)
-            assert type(getattr(ours, name)) is torch.nn.Linear
-    assert not any(p.requires_grad for p in found.parameters())
-
-
-def test_no_gradient_reaches_what_is_masked(model, rows):
-    """A step of plain descent by hand on the kept weights alone is what the first step follows."""
-    pruned = prune_model(model, Recipe("magnitude", 0.5)).model
-    weight = pruned.layers[0].up_proj.weight
-    weight.requires_grad_(True)
-    (gradient,) = torch.autograd.grad(next_token_loss(pruned, rows), weight)
-    weight.requires_grad_(False)
-    found = recover(pruned, iter([rows]), 1, 1e-4)
-    moved = found.layers[0].up_proj.weight - weight
-    # The first step of Adam is the rate times the sign of the gradient.
-    expected = torch.where(weight != 0, -1e-4 * gradient.sign(), 0.0)
-    clear = gradient.abs() > 1e-5
-    torch.testing.assert_close(moved[clear], expected[clear], rtol=0.02, atol=2e-6)
-
-
-def test_a_masked_layer_neither_uses_nor_trains_what_is_masked():
-    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
-    mask = weight.abs() > 0.5
-    layer, x = MaskedLinear(weight, mask), torch.ones(1, 6)
-    layer(x).sum().backward()
-    assert torch.equal(layer.weight.grad != 0, mask)
-    with torch.no_grad():
-        layer.weight[~mask] = 7.0
-        torch.testing.assert_close(layer(x), (weight * mask).sum(1)[None])
-
-
-def test_a_removed_model_recovers_in_all_its_weights(model, rows):
-    small = remove_parts(model, Removal("first-order", channels=20), rows)
-    found = apply.recovered(small, Removal(channels=20, steps=6), rows.flatten().repeat(2))
-    assert zeros(found) <= zeros(small) and found.config == small.config
-    assert not torch.equal(found.layers[0].q_proj.weight, small.layers[0].q_proj.weight)
 
 
 def test_the_roofline_sees_the_smaller_model(model):

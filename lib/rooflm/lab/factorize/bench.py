@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rooflm.lab import text
 from rooflm.lab.bench import Bench, linear_weights
 from rooflm.lab.calibrate import LINEARS
 from rooflm.lab.factorize import ranks as rules
@@ -29,12 +28,11 @@ from rooflm.lab.factorize.sensitivity import sensitivities
 from rooflm.lab.factorize.svd import Decomposition, FactorizedLinear, Factors, decompose, truncate
 from rooflm.lab.factorize.tensor_train import TTEmbedding, matrix_train, token_train
 from rooflm.lab.factorize.variants import EMBEDDINGS, Variant
-from rooflm.lab.finetune import plain_layer, text_batches
+from rooflm.lab.finetune import plain_layer
 from rooflm.lab.model import Transformer, TransformerBlock
-from rooflm.lab.prune.apply import BATCH_ROWS, WINDOW
-from rooflm.lab.prune.recover import recover
 from rooflm.lab.quantize.methods import METHODS as QUANTIZERS
 from rooflm.lab.quantize.methods import Knowledge, Recipe
+from rooflm.lab.recovery import recovered, recovery_text
 from rooflm.roofline.low_rank import rank_of_share
 
 SEARCHED_ROWS = 8  # of the calibration text, in ASVD's search
@@ -88,9 +86,9 @@ class FactorizeBench(Bench):
         return self._sensitivities[key]
 
     @cached_property
-    def recovery_text(self) -> Tensor:
-        """What recovery reads, (tokens,): Austen's novels but for the one measured on."""
-        return torch.cat([text.encode(text.load_text(name)) for name in text.AUSTEN])
+    def recovery_tokens(self) -> Tensor:
+        """The text of recovery, (tokens,)."""
+        return recovery_text()
 
     def ranks(self, v: Variant) -> dict[str, int]:
         """The rank of each layer that a variant factorizes; a full one leaves it as it is."""
@@ -124,8 +122,7 @@ class FactorizeBench(Bench):
         factors = cut_layers(self, found, ranks)
         model, linear_bits = factorize(self.model, factors, v.pivoted)
         if v.steps:
-            batches = text_batches(self.recovery_text, BATCH_ROWS, WINDOW)
-            model = _half(recover(model, batches, v.steps, v.rate, keep_zeros=False))
+            model = recovered(model, self.recovery_tokens, v.steps, v.rate, keep_zeros=False)
         if v.bits:
             linear_bits = self._quantize(model, v)
         return Built(model, linear_bits, head, {n: ranks[n] for n in factors})
@@ -195,14 +192,6 @@ def stored_factors(block: TransformerBlock, kind: str) -> Factors | Pivoted | No
 def rebuilt(factors: Factors | Pivoted) -> nn.Module:
     """The layer of factors."""
     return PivotedLinear(factors) if isinstance(factors, Pivoted) else FactorizedLinear(factors)
-
-
-def _half(model: Transformer) -> Transformer:
-    """The model with what its linear layers hold rounded to FP16, in place."""
-    for layer in model.layers.modules():
-        if isinstance(layer, nn.Linear):
-            layer.weight.data.copy_(layer.weight.half())
-    return model
 
 
 def _train(weight: Tensor, v: Variant) -> tuple[TTEmbedding, Tensor]:

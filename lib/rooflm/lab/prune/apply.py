@@ -17,18 +17,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rooflm.lab import recovery
 from rooflm.lab.calibrate import LINEARS, InputStatistics, plain_linear, visit_blocks
-from rooflm.lab.finetune import text_batches
 from rooflm.lab.model import Transformer, TransformerBlock
 from rooflm.lab.prune import depth, owl, scores, structured
 from rooflm.lab.prune.exact import damped, refit
 from rooflm.lab.prune.masks import make_mask
 from rooflm.lab.prune.recipes import Recipe, Removal
-from rooflm.lab.prune.recover import recover
 from rooflm.lab.prune.remove import Structure, choose_channels, choose_heads, remove, smaller
 from rooflm.lab.prune.sparsegpt import Pruned, compensate, sparsegpt
-
-BATCH_ROWS, WINDOW = 8, 128  # of recovery
+from rooflm.lab.recovery import halved
 
 
 class PrunedModel(NamedTuple):
@@ -112,7 +110,7 @@ def remove_parts(model: Transformer, removal: Removal, rows: Tensor) -> Transfor
         torch.manual_seed(removal.seed)
         structure = choose_parts(model, replace(removal, criterion="random"), rows)
         return Transformer(smaller(model.config, structure)).eval().requires_grad_(False)
-    return _half(remove(model, choose_parts(model, removal, rows)))
+    return halved(remove(model, choose_parts(model, removal, rows)))
 
 
 @torch.no_grad()
@@ -146,8 +144,7 @@ def choose_parts(model: Transformer, removal: Removal, rows: Tensor) -> Structur
 def recovered(model: Transformer, recipe: Recipe | Removal, tokens: Tensor) -> Transformer:
     """A pruned model after a recipe's recovery on a text, (tokens,); zeros of a recipe stay."""
     masked = isinstance(recipe, Recipe) and recipe.method != "dense"
-    batches = text_batches(tokens, BATCH_ROWS, WINDOW, recipe.seed)
-    return _half(recover(model, batches, recipe.steps, recipe.rate, masked))
+    return recovery.recovered(model, tokens, recipe.steps, recipe.rate, masked, recipe.seed)
 
 
 def _needs_inputs(recipe: Recipe) -> bool:
@@ -196,13 +193,3 @@ def _visited(
         raise ValueError(f"{recipe.method} needs {needed}; none were given")
     else:
         yield from visit_blocks(model, rows)
-
-
-def _half(model: Transformer) -> Transformer:
-    """The model with its linear weights rounded to FP16, in place."""
-    with torch.no_grad():
-        for block in model.layers:
-            for name in LINEARS:
-                weight = plain_linear(block, name).weight
-                weight.copy_(weight.half())
-    return model

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from rooflm.lab import maps, pairs, text
@@ -43,6 +42,7 @@ from rooflm.lab.prune import apply
 from rooflm.lab.prune.recipes import Recipe, Removal
 from rooflm.lab.prune.storage import linear_bits
 from rooflm.lab.prune.variants import Variant, label, names_of
+from rooflm.lab.recovery import recovery_text
 from rooflm.lab.rows import Row
 
 _KEYS = ("method", "sparsity", "pattern", "options")
@@ -71,8 +71,8 @@ class PruneBench(Bench):
 
     @cached_property
     def recovery_tokens(self) -> Tensor:
-        """The text of recovery, (tokens,): Austen's novels but for the one measured on."""
-        return torch.cat([text.encode(text.load_text(name)) for name in text.AUSTEN])
+        """The text of recovery, (tokens,)."""
+        return recovery_text()
 
     def prune(self, recipe: Recipe) -> apply.PrunedModel:
         """The model pruned by a recipe, recovered where it says so."""

@@ -1,4 +1,4 @@
-"""Recovery: a short training of all that a pruned model has left, zeros kept at zero.
+"""Recovery: a short training of all that a smaller model has left, zeros kept at zero.
 
 Sheared LLaMA prunes to a smaller shape and then goes on with pretraining. Here the second half is a
 few minutes of next-token training on a text; the shape comes from `remove`, or the zeros from a
@@ -7,7 +7,10 @@ what is zero, whatever the optimizer keeps.
 
 Sources: Sheared LLaMA, arXiv 2310.06694; AdamW, arXiv 1711.05101.
 
-Chapter: pruning.
+Pruned and factorized models recover on the same text in the same batches, so that their rows in
+the maps can be set side by side.
+
+Chapter: pruning; factorization.
 """
 
 from __future__ import annotations
@@ -19,9 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rooflm.lab import text
 from rooflm.lab.calibrate import LINEARS, plain_linear
-from rooflm.lab.finetune import Progress, fit, next_token_loss
+from rooflm.lab.finetune import Progress, fit, next_token_loss, text_batches
 from rooflm.lab.model import Transformer
+
+BATCH_ROWS, WINDOW = 8, 128
 
 
 class MaskedLinear(nn.Module):
@@ -75,6 +81,38 @@ def recover(
                 plain.weight = nn.Parameter(layer.weight.detach() * layer.mask)
                 setattr(block, name, plain)
     return result.eval().requires_grad_(False)
+
+
+def recovered(
+    model: Transformer,
+    tokens: Tensor,
+    steps: int,
+    learning_rate: float,
+    keep_zeros: bool = True,
+    seed: int = 0,
+) -> Transformer:
+    """A model recovered on a text, `BATCH_ROWS` windows of `WINDOW` tokens a step, as FP16.
+
+    Parameters
+    ----------
+    tokens : (tokens,), such as `recovery_text`.
+    seed : of the windows that are drawn.
+    """
+    batches = text_batches(tokens, BATCH_ROWS, WINDOW, seed)
+    return halved(recover(model, batches, steps, learning_rate, keep_zeros))
+
+
+def recovery_text() -> Tensor:
+    """What recovery reads, (tokens,): Austen's novels but for the one measured on."""
+    return torch.cat([text.encode(text.load_text(name)) for name in text.AUSTEN])
+
+
+def halved(model: Transformer) -> Transformer:
+    """The model with all that its blocks' linear layers hold rounded to FP16, in place."""
+    for layer in model.layers.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.data.copy_(layer.weight.half())
+    return model
 
 
 def zeros(model: Transformer) -> int:
