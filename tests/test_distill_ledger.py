@@ -13,7 +13,6 @@ from rooflm.lab.distill.ledger import (
     LEDGER,
     REFERENCES,
     RUNS,
-    contrast,
     find_row,
     find_rows,
     load_ledger,
@@ -23,6 +22,7 @@ from rooflm.lab.distill.ledger import (
     writing_contrast,
 )
 from rooflm.lab.evaluate import compare, evaluate
+from rooflm.lab.pairs import contrast_rows
 from rooflm.lab.train import CONFIGS
 
 FOUND = {"bits_per_byte": 1.5, "agreement": 0.5, "acceptance": 0.5, "teacher_nats": 3.0}
@@ -158,13 +158,13 @@ def test_two_rows_have_the_paired_difference_of_their_models():
         found.append(evaluate(load_checkpoint(name), held_out, bytes_of, 256))
         nats = " ".join(f"{x:.7g}" for x in found[-1].blocks.losses.tolist())
         rows.append(row_of("student", nats=nats, tokens=1024))
-    compared, expected = contrast(*rows), compare(*found)
+    compared, expected = contrast_rows(*rows), compare(*found)
     for end in ("value", "low", "high"):
         ours, theirs = (getattr(x.difference, end) for x in (compared, expected))
         assert ours == pytest.approx(theirs, abs=1e-6)
     assert compared.verdict == expected.verdict
-    with pytest.raises(ValueError, match="different blocks"):
-        contrast(rows[0], rows[1] | {"tokens": 512})
+    with pytest.raises(ValueError, match="the same blocks"):
+        contrast_rows(rows[0], rows[1] | {"tokens": 512})
 
 
 def test_what_two_models_write_is_paired_by_prompts():

@@ -14,7 +14,6 @@ from rooflm.lab.distill.divergences import at_temperature, forward_kl
 from rooflm.lab.distill.ledger import (
     LEDGER,
     continued,
-    contrast,
     find_row,
     load_ledger,
     names,
@@ -23,6 +22,7 @@ from rooflm.lab.distill.ledger import (
 from rooflm.lab.distill.tables import seed_spread, tabulate, verdict, words
 from rooflm.lab.evaluate import prepare_reference
 from rooflm.lab.model import Transformer
+from rooflm.lab.pairs import contrast_rows
 from rooflm.lab.train import CONFIGS
 
 TOKENS = 8 * WINDOW
@@ -134,7 +134,7 @@ def test_a_difference_counts_beyond_both_noises():
     noise = torch.tensor([1.0, -1.0] * 4)
     worse, same = row_of(scratch("jsd"), base + 3 + noise), row_of(scratch("jsd"), base + noise)
     alone = row_of(scratch("next-token"), base)
-    apart = contrast(worse, alone).difference.value
+    apart = contrast_rows(worse, alone).difference.value
     assert verdict(worse, alone, 0.0) == "more"
     assert verdict(alone, worse, 0.0) == "less"
     assert verdict(same, alone, 0.0) == "within noise"  # its interval holds 0

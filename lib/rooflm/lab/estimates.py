@@ -43,6 +43,19 @@ class Estimate:
     def __str__(self) -> str:
         return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
 
+    @property
+    def half(self) -> float:
+        """Half the width of the interval."""
+        return (self.high - self.low) / 2
+
+    def signed(self, digits: int = 4) -> str:
+        """The value with its sign and half the interval, for differences.
+
+        >>> Estimate(0.0042, 0.0023, 0.0061).signed()
+        '+0.0042 ± 0.0019'
+        """
+        return f"{self.value:+.{digits}f} ± {self.half:.{digits}f}"
+
 
 def ratio_estimate(numerators: Tensor, denominators: Tensor) -> Estimate:
     """Sum over sum, from pairs that were sampled together.

@@ -32,7 +32,6 @@ from rooflm.lab import maps, pairs
 from rooflm.lab.bench import TOKENS, WINDOW, checkpoint_digest, decode_bytes, linear_weights
 from rooflm.lab.checkpoints import checkpoint_names, load_checkpoint
 from rooflm.lab.command import OneLineParser, attempt, say
-from rooflm.lab.evaluate import compare
 from rooflm.lab.map_points import BOTH, DISTILLED, QUANTIZED, TEACHER, Point, map_points, place
 from rooflm.lab.pareto import FRONTIER_COLUMNS, frontier_rows
 from rooflm.lab.quantize import sweep as quantized
@@ -49,9 +48,7 @@ MAP = maps.MapFile(
     ("part", "label"),
     {
         **maps.HEAD, "part": str, "label": str, "decode_bytes": float,
-        **{f"{x}{end}": float for x in ("bits_per_byte", "difference")
-           for end in ("", "_low", "_high")},
-        "trained": int, "source": str, "nats": str, **maps.TAIL,
+        **maps.LOSS, "trained": int, "source": str, "nats": str, **maps.TAIL,
     },
 )  # fmt: skip
 
@@ -120,11 +117,9 @@ def measure(bench: QuantizeBench, variant: Variant) -> Row:
     measured = bench.measure(found.model)
     return {
         "decode_bytes": decode_bytes(config, found.bits_per_weight * linear_weights(config)),
-        **maps.spread("bits_per_byte", measured.bits_per_byte),
-        **maps.spread("difference", compare(measured, bench.full).difference),
+        **pairs.measured_cells(measured, bench.full),
         "trained": int(variant.checkpoint != TEACHER),
         "source": MAP.path.name,
-        "nats": pairs.nats_cell(measured),
     }
 
 

@@ -26,6 +26,10 @@ from rooflm.roofline.datafiles import data_path
 
 Variant = TypeVar("Variant")
 HEAD: Columns = {"model": str, "checkpoint": str}
+ENDS = ("", "_low", "_high")  # of an estimate's columns
+# What `pairs.measured_cells` makes of a model beside the full one.
+LOSS: Columns = {f"{x}{end}": float for x in ("bits_per_byte", "difference") for end in ENDS}
+MATCH: Columns = {"agreement": float, "divergence": float}
 TAIL: Columns = {"tokens": int, "date": str, "torch": str}
 
 
@@ -141,9 +145,10 @@ class MapFile:
 
 def spread(name: str, found: Estimate) -> dict[str, float]:
     """An estimate as three columns: its value, and the ends of its interval."""
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+    values = found.value, found.low, found.high
+    return {f"{name}{end}": x for end, x in zip(ENDS, values, strict=True)}
 
 
 def estimate(row: Mapping[str, Any], name: str) -> Estimate:
     """Three columns as the estimate that `spread` made them of."""
-    return Estimate(*(row[f"{name}{end}"] for end in ("", "_low", "_high")))
+    return Estimate(*(row[f"{name}{end}"] for end in ENDS))

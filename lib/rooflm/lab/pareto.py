@@ -15,6 +15,7 @@ from rooflm.lab import pairs, text
 from rooflm.lab.bench import WINDOW
 from rooflm.lab.evaluate import Comparison
 from rooflm.lab.map_points import Point
+from rooflm.lab.map_tables import lowest
 
 FRONTIER_COLUMNS = ("bytes a token", "part", "model", "loss added", "trained", "step", "rivals")
 
@@ -37,11 +38,7 @@ class Beside(NamedTuple):
 
 def pareto(points: Iterable[Point]) -> list[Point]:
     """From few bytes to many, the points whose loss is below that of all that read as few."""
-    best: list[Point] = []
-    for point in sorted(points, key=lambda p: (_read(p), p.difference.value)):
-        if not best or point.difference.value < best[-1].difference.value:
-            best.append(point)
-    return best
+    return lowest(points, _read, lambda point: point.difference.value)
 
 
 def best_within(points: Iterable[Point], most_bytes: float) -> Point | None:
@@ -95,13 +92,12 @@ def frontier_rows(points: Iterable[Point]) -> list[tuple[str, ...]]:
             step = "sure" if beside(frontier[i - 1], best).apart else "noise"
         near = [x for x in others if x.best is best]
         paired = sum(x.paired for x in near)
-        half = (best.difference.high - best.difference.low) / 2
         rows.append(
             (
                 f"{best.decode_bytes / 1e6:.3f} MB",
                 best.part,
                 best.label,
-                f"{best.difference.value:+.4f} ± {half:.4f}",
+                best.difference.signed(),
                 "yes" if best.trained else "no",
                 step,
                 f"{paired} + {len(near) - paired}",

@@ -24,12 +24,11 @@ from typing import Any
 
 import torch
 
-from rooflm.lab import maps, pairs, text
-from rooflm.lab.bench import WINDOW, checkpoint_digest
+from rooflm.lab import maps
+from rooflm.lab.bench import checkpoint_digest
 from rooflm.lab.distill import measure
 from rooflm.lab.distill.workshop import CONTINUED, SCRATCH, STUDENT, Variant
 from rooflm.lab.estimates import Estimate, ratio_estimate
-from rooflm.lab.evaluate import Comparison
 from rooflm.lab.rows import Row
 from rooflm.roofline.numeric import unknown
 
@@ -152,13 +151,6 @@ def find_rows(rows: Iterable[Row], **columns: Any) -> list[Row]:
         if name not in LEDGER.columns:
             raise unknown("column", name, LEDGER.columns)
     return [row for row in rows if all(row[name] == x for name, x in columns.items())]
-
-
-def contrast(row: Mapping[str, Any], other: Mapping[str, Any]) -> Comparison:
-    """The first row minus the second on the held-out text, in bits per byte, paired."""
-    if row["tokens"] != other["tokens"]:
-        raise ValueError("the two rows are of different blocks; allowed: the same text")
-    return pairs.contrast(row["nats"], other["nats"], text.HELD_OUT, row["tokens"], WINDOW)
 
 
 def writing_contrast(row: Mapping[str, Any], other: Mapping[str, Any]) -> Estimate:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from rooflm.lab.distill import measure
 from rooflm.lab.distill.divergences import forward_kl, reverse_kl
-from rooflm.lab.distill.ledger import Wanted, continued, contrast, find_row, label, scratch
+from rooflm.lab.distill.ledger import Wanted, continued, find_row, label, scratch
 from rooflm.lab.evaluate import Reference
 from rooflm.lab.maps import estimate
 from rooflm.lab.model import Transformer
+from rooflm.lab.pairs import contrast_rows
 from rooflm.lab.rows import Row
 from rooflm.roofline.analysis import analyze
 from rooflm.roofline.datafiles import data_path
@@ -68,10 +69,9 @@ def words(row: Mapping[str, Any], column: str) -> str:
     if row[column] is None:
         return "–"
     found = estimate(row, column)
-    half = (found.high - found.low) / 2
     if column in SHARES:
-        return f"{found.value:.1%} ± {half:.1%}"
-    return f"{found.value:.3f} ± {half:.3f}"
+        return f"{found.value:.1%} ± {found.half:.1%}"
+    return f"{found.value:.3f} ± {found.half:.3f}"
 
 
 def tabulate(
@@ -102,8 +102,7 @@ def tabulate(
         if column == VERDICT:
             part = [other for other in rows if other["part"] == row["part"]]
             return verdict(row, against, seed_spread(part))
-        found = contrast(row, against).difference
-        return f"{found.value:+.4f} ± {(found.high - found.low) / 2:.4f}"
+        return contrast_rows(row, against).difference.signed()
 
     found = {name: find_row(rows, variant) for name, variant in wanted.items()}
     return [(name, *(cell(row, column) for column in columns)) for name, row in found.items()]
@@ -146,7 +145,7 @@ def verdict(row: Mapping[str, Any], other: Mapping[str, Any], spread: float) -> 
     A difference counts that is beyond the noise of the text, which the paired interval holds, and
     beyond that of training: `SEEDS_APART` times what two seeds part by.
     """
-    found = contrast(row, other).difference
+    found = contrast_rows(row, other).difference
     if found.low <= 0 <= found.high or abs(found.value) <= SEEDS_APART * spread:
         return NOISE
     return LESS if found.value < 0 else MORE

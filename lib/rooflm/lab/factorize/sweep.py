@@ -32,11 +32,9 @@ import torch
 from rooflm.lab import maps, pairs
 from rooflm.lab.bench import WINDOW, checkpoint_digest, decode_bytes
 from rooflm.lab.estimates import Estimate, ratio_estimate
-from rooflm.lab.evaluate import compare
 from rooflm.lab.factorize.bench import Built, FactorizeBench
 from rooflm.lab.factorize.laser import correct_tokens
 from rooflm.lab.factorize.variants import Variant
-from rooflm.lab.maps import spread
 from rooflm.lab.quantize.gptq import output_error
 from rooflm.lab.rows import Row
 
@@ -48,9 +46,7 @@ MAP = maps.MapFile(
     {
         **maps.HEAD, "method": str, "share": float, "rule": str, "options": str,
         "linear_bits": int, "embedding_bits": int, "decode_bytes": int,
-        **{f"{x}{end}": float for x in ("bits_per_byte", "difference")
-           for end in ("", "_low", "_high")},
-        "agreement": float, "divergence": float, "output_error": float, "seconds": float,
+        **maps.LOSS, **maps.MATCH, "output_error": float, "seconds": float,
         **maps.TAIL, "ranks": str, "correct": str, "nats": str,
     },
 )  # fmt: skip
@@ -124,10 +120,7 @@ def _measured(bench: FactorizeBench, variant: Variant) -> Row:
         read += built.embedding_bits / 8 - 2.0 * config.vocab * config.hidden
     row: Row = {"linear_bits": round(built.linear_bits), "decode_bytes": round(read)}
     row |= {"embedding_bits": round(built.embedding_bits)}
-    row |= spread("bits_per_byte", found.bits_per_byte)
-    row |= spread("difference", compare(found, bench.full).difference)
-    assert found.agreement is not None and found.divergence is not None
-    row |= {"agreement": found.agreement.value, "divergence": found.divergence.value}
+    row |= pairs.measured_cells(found, bench.full)
     row |= {"output_error": _output_error(bench, built), "seconds": seconds}
     counted = variant.method == "laser" or variant == Variant()
     if counted and config.vocab < 10_000:  # the logits of a batch fit
@@ -136,7 +129,7 @@ def _measured(bench: FactorizeBench, variant: Variant) -> Row:
     else:
         row["correct"] = ""
     row["ranks"] = " ".join(str(built.ranks.get(name, 0)) for name in bench.shapes)
-    return row | {"nats": pairs.nats_cell(found)}
+    return row
 
 
 def _output_error(bench: FactorizeBench, built: Built) -> float | None:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rooflm.lab.kvcache.sweep import BLOCK, find_row
+from rooflm.lab.map_tables import loss_words
 from rooflm.lab.maps import estimate
-from rooflm.lab.quantize.map_rows import loss_words
 from rooflm.roofline.numeric import unknown
 
 Keys = Mapping[str, tuple[Any, ...]]
@@ -74,5 +74,5 @@ def _cell(row: Mapping[str, Any], column: str, rows: Iterable[Mapping[str, Any]]
             return f"{share.value:.0%} ({share.low:.0%} to {share.high:.0%})"
         case "ln p":
             found = estimate(row, "log_probability")
-            return f"{found.value:.1f} ± {(found.high - found.low) / 2:.1f}"
+            return f"{found.value:.1f} ± {found.half:.1f}"
     return row[column]

@@ -8,20 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rooflm.lab.estimates import Estimate
-from rooflm.lab.maps import estimate
-from rooflm.lab.prune.sweep import contrast, find_row
+from rooflm.lab import map_tables
+from rooflm.lab.map_tables import Place
+from rooflm.lab.prune.sweep import find_row
 from rooflm.lab.prune.variants import Variant
 from rooflm.lab.rows import Row
-
-
-def words(found: Estimate) -> str:
-    """An estimate with half the width of its interval.
-
-    >>> words(Estimate(0.0042, 0.0023, 0.0061))
-    '+0.0042 ± 0.0019'
-    """
-    return f"{found.value:+.4f} ± {(found.high - found.low) / 2:.4f}"
 
 
 def tabulate(
@@ -32,23 +23,11 @@ def tabulate(
     Parameters
     ----------
     variants : by what they are called in the table.
-    columns : names of the map's; "loss" for the difference with its interval, "MB" for the bytes
-        of a decoded token, "bits" per linear weight of the full model, "agreement" as a percentage.
+    columns : as of `map_tables.tabulate`.
     """
-    rows, columns = list(rows), list(columns)
-    weights = rows[0]["linear_bits"] / 16  # of the full model, which stands first
-
-    def cell(row: Row, name: str) -> Any:
-        if name == "loss":
-            return words(estimate(row, "difference")) if row["difference"] else "–"
-        if name == "MB":
-            return f"{row['decode_bytes'] / 1e6:.2f}"
-        if name == "bits":
-            return f"{row['linear_bits'] / weights:.2f}"
-        return f"{row['agreement']:.0%}" if name == "agreement" else row[name]
-
+    rows = list(rows)
     found = {name: find_row(rows, variant) for name, variant in variants.items()}
-    return [(name, *(cell(row, column) for column in columns)) for name, row in found.items()]
+    return map_tables.tabulate(found, columns, find_row(rows, None))
 
 
 def losses(
@@ -73,9 +52,7 @@ def losses(
     return found
 
 
-def points(
-    rows: Iterable[Row], variants: Iterable[Variant], x: str = "sparsity"
-) -> list[tuple[float, float, float, float]]:
+def points(rows: Iterable[Row], variants: Iterable[Variant], x: str = "sparsity") -> list[Place]:
     """Places of variants in a figure: (x, loss added, and the ends of its interval).
 
     Parameters
@@ -83,18 +60,14 @@ def points(
     x : "sparsity" in per cent, or "MB" of a decoded token.
     """
     rows = list(rows)
-    found = [find_row(rows, variant) for variant in variants]
     across = {
         "sparsity": lambda row: 100 * row["sparsity"],
         "MB": lambda row: row["decode_bytes"] / 1e6,
     }[x]
-    return [
-        (across(row), *(row[f"difference{end}"] for end in ("", "_low", "_high"))) for row in found
-    ]
+    return map_tables.places((find_row(rows, variant) for variant in variants), across)
 
 
 def beside(rows: Iterable[Row], one: Variant, other: Variant) -> str:
     """The first variant less the second, paired, with the verdict: "-0.0123 ± 0.0030, better"."""
     rows = list(rows)
-    found = contrast(find_row(rows, one), find_row(rows, other))
-    return f"{words(found.difference)}, {found.verdict}"
+    return map_tables.beside(find_row(rows, one), find_row(rows, other))

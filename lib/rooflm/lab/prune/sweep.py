@@ -27,16 +27,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rooflm.lab import maps, pairs, text
+from rooflm.lab import maps, pairs
 from rooflm.lab.bench import (
-    SMOLLM2,
-    WINDOW,
     Bench,
     checkpoint_digest,
     decode_bytes,
     linear_weights,
 )
-from rooflm.lab.evaluate import Comparison, compare
 from rooflm.lab.model import Transformer
 from rooflm.lab.prune import apply
 from rooflm.lab.prune.recipes import Recipe, Removal
@@ -47,9 +44,6 @@ from rooflm.lab.rows import Row
 
 _KEYS = ("method", "sparsity", "pattern", "options")
 _SHAPE = ("layers", "heads", "kv_heads", "intermediate")
-_ENDS = ("", "_low", "_high")
-_LOSS = tuple(f"{name}{end}" for name in ("bits_per_byte", "difference") for end in _ENDS)
-_MEASURES = dict.fromkeys((*_LOSS, "agreement", "divergence"), float)
 MAP = maps.MapFile(
     ("measurements", "pruning_map.csv"),
     "python -m rooflm.lab.prune",
@@ -59,7 +53,8 @@ MAP = maps.MapFile(
         **dict(zip(_KEYS, (str, float, str, str), strict=True)),
         **{"density": float, "linear_bits": float, "storage": str, "decode_bytes": float},
         **dict.fromkeys(_SHAPE, int),
-        **_MEASURES,
+        **maps.LOSS,
+        **maps.MATCH,
         **{"nats": str, "seconds": float},
         **maps.TAIL,
     },
@@ -117,13 +112,6 @@ def find_row(rows: Iterable[Row], variant: Variant) -> Row:
     raise ValueError(f"the map has no row of {label(names)}")
 
 
-def contrast(row: Row, other: Row) -> Comparison:
-    """The first row minus the second, in bits per byte, paired; of a model of the laboratory."""
-    if SMOLLM2 in (row["model"], other["model"]):
-        raise ValueError("the rows are of smollm2; allowed: models of the laboratory's tokenizer")
-    return pairs.contrast(row["nats"], other["nats"], text.HELD_OUT, row["tokens"], WINDOW)
-
-
 def sweep(
     bench: PruneBench,
     wanted: Iterable[Variant],
@@ -163,17 +151,12 @@ def _measured(bench: PruneBench, variant: Variant) -> Row:
         bits, density = 16.0 * left, left / whole
     seconds = time.monotonic() - begin
     found = bench.full if variant is None else bench.measure(model)
-    assert found.agreement is not None and found.divergence is not None
     return {
         "density": density,
         "linear_bits": bits,
         "storage": storage,
         "decode_bytes": decode_bytes(config, bits),
         **{name: getattr(config, name) for name in _SHAPE},
-        **maps.spread("bits_per_byte", found.bits_per_byte),
-        **maps.spread("difference", compare(found, bench.full).difference),
-        "agreement": found.agreement.value,
-        "divergence": found.divergence.value,
-        "nats": pairs.nats_cell(found),
+        **pairs.measured_cells(found, bench.full),
         "seconds": seconds,
     }

@@ -9,18 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from rooflm.lab import map_tables
+from rooflm.lab.map_tables import loss_words, lowest
 from rooflm.lab.quantize.methods import Recipe
 from rooflm.lab.quantize.sweep import FULL, find_row, label
-
-
-def loss_words(row: Mapping[str, Any]) -> str:
-    """Bits per byte that a row adds, with half the width of its interval.
-
-    >>> loss_words({"difference": 0.0042, "difference_low": 0.0023, "difference_high": 0.0061})
-    '+0.0042 ± 0.0019'
-    """
-    half = (row["difference_high"] - row["difference_low"]) / 2
-    return f"{row['difference']:+.4f} ± {half:.4f}"
 
 
 def tabulate(
@@ -31,17 +23,11 @@ def tabulate(
     Parameters
     ----------
     recipes : by what they are called in the table.
-    columns : names of the map's; "loss" for `loss_words`, "agreement" as a percentage.
+    columns : as of `map_tables.tabulate`.
     """
-    rows, columns = list(rows), list(columns)
-
-    def cell(row: Mapping[str, Any], name: str) -> Any:
-        if name == "agreement":
-            return f"{row['agreement']:.0%}"
-        return loss_words(row) if name == "loss" else row[name]
-
+    rows = list(rows)
     found = {name: find_row(rows, recipe) for name, recipe in recipes.items()}
-    return [(name, *(cell(row, column) for column in columns)) for name, row in found.items()]
+    return map_tables.tabulate(found, columns)
 
 
 def at_widths(
@@ -87,11 +73,7 @@ def weights_only(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def frontier(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """From few bits to many, the rows whose loss is below that of every row with as few bits."""
-    best: list[Mapping[str, Any]] = []
-    for row in sorted(rows, key=lambda row: (row["bits_per_weight"], row["difference"])):
-        if not best or row["difference"] < best[-1]["difference"]:
-            best.append(row)
-    return best
+    return lowest(rows, lambda row: row["bits_per_weight"], lambda row: row["difference"])
 
 
 def winners(rows: Iterable[Mapping[str, Any]], most_bits: float) -> list[Mapping[str, Any]]:
