@@ -325,14 +325,17 @@ def test_ranked_rows_come_best_first_from_one_prompt(models, sources):
 def test_at_the_start_every_order_is_as_likely(models, sources):
     teacher, student = models
     judge = model_judge(teacher)
-    lesson = ranked_lesson(student, judge, sources, PLAN, samples=4, row=16, prompt=6)
+    batch = ranked_batch(student, judge, sources, PLAN, samples=4, row=16, prompt=6)
+    lesson = ranked_lesson(batch, prompt=6)
     found = lesson.loss(student, *lesson.batch(student, 0))
     assert found.item() == pytest.approx(math.log(24), abs=1e-4)
 
 
 def test_the_best_of_n_is_the_loss_of_the_first(models, sources):
     teacher, student = models
-    lesson = best_of_n(student, model_judge(teacher), sources, PLAN, samples=2, row=20, prompt=4)
+    judge = model_judge(teacher)
+    batch = ranked_batch(student, judge, sources, PLAN, samples=2, row=20, prompt=4)
+    lesson = best_of_n(batch, prompt=4)
     ranked, before = lesson.batch(student, 0)
     logs = token_logs(student(ranked[:, 0])[:, 3:-1], ranked[:, 0, 4:])
     assert lesson.loss(student, ranked, before).item() == pytest.approx(-logs.mean().item(), 1e-4)

@@ -10,6 +10,7 @@ Chapter: quantization methods.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -179,25 +180,34 @@ def fisher_information(model: Transformer, rows: Tensor) -> dict[str, Tensor]:
         "layers.0.q_proj": (d_out, d_in), and so on: the diagonal of the empirical Fisher matrix,
         which stands for the Hessian's (SqueezeLLM, arXiv 2306.07629, section 4.1).
     """
-    weights = {
-        f"layers.{i}.{name}": inner_linear(block, name).weight
-        for i, block in enumerate(model.layers)
-        for name in LINEARS
-    }
-    before = [w.requires_grad for w in weights.values()]
-    found = {name: torch.zeros_like(w) for name, w in weights.items()}
-    with torch.enable_grad():
-        for w in weights.values():
-            w.requires_grad_(True)
+    with differentiable(model) as weights:
+        found = {name: torch.zeros_like(w) for name, w in weights.items()}
         for row in rows:
             logits = model(row[None, :-1])[0]
             loss = functional.cross_entropy(logits, row[1:], reduction="sum")
             gradients = torch.autograd.grad(loss, list(weights.values()))
             for name, gradient in zip(found, gradients, strict=True):
                 found[name] += gradient.square() / len(rows)
-    for w, needed in zip(weights.values(), before, strict=True):
-        w.requires_grad_(needed)
     return found
+
+
+@contextmanager
+def differentiable(model: Transformer) -> Iterator[dict[str, Tensor]]:
+    """The linear weights of the blocks by name, "layers.0.q_proj" and so on, open to gradients."""
+    weights = {
+        f"layers.{i}.{name}": inner_linear(block, name).weight
+        for i, block in enumerate(model.layers)
+        for name in LINEARS
+    }
+    before = [w.requires_grad for w in weights.values()]
+    try:
+        with torch.enable_grad():
+            for w in weights.values():
+                w.requires_grad_(True)
+            yield dict(weights)
+    finally:
+        for w, needed in zip(weights.values(), before, strict=True):
+            w.requires_grad_(needed)
 
 
 def _run(block: Callable[..., Tensor], states: list[Tensor], rope: Rope) -> list[Tensor]:

@@ -106,12 +106,16 @@ class Plan:
         return longest // 2 if step < self.decay_start else longest
 
 
+def step_generator(plan: Plan, step: int) -> torch.Generator:
+    """What draws the batch of a step, counted from 0."""
+    return torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
+
+
 def draw(sources: tuple[Tensor, Tensor], plan: Plan, step: int) -> tuple[Tensor, Tensor]:
     """The batch of a step: tokens and the tokens that follow them, both (rows, window)."""
-    generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
     window = plan.window(step)
     rows = plan.tokens_per_step // window
-    batch = draw_rows(sources, rows, window + 1, plan.austen, generator)
+    batch = draw_rows(sources, rows, window + 1, plan.austen, step_generator(plan, step))
     return batch[:, :-1], batch[:, 1:]
 
 

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rooflm.roofline.numeric import unknown
 from rooflm.show.canvas import Figure
-from rooflm.show.explorer import Control, Explorer, figure_html, starting_at
+from rooflm.show.explorer import Control, Explorer, figure_html, starting_at, whole_setting
 from rooflm.show.figures import lines
 from rooflm.show.tables import Table, table
 from rooflm.show.words import number
@@ -208,11 +207,7 @@ def _density(logits: Tensor) -> np.ndarray:
 
 
 def _setting(settings: dict[str, Any]) -> dict[str, Any]:
-    s = {control.name: control.default for control in DISTILLATION_CONTROLS}
-    for name in settings:
-        if name not in s:
-            raise unknown("control", name, s)
-    s |= settings
+    s = whole_setting(DISTILLATION_CONTROLS, settings)
     for name, low, high in (
         ("beta", 0, 1),
         ("distance", 0, 6),

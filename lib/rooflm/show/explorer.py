@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -115,11 +115,23 @@ def starting_at(controls: Sequence[Control], **start: Any) -> tuple[Control, ...
     ValueError
         for an unknown control.
     """
-    names = [control.name for control in controls]
-    for name in start:
-        if name not in names:
-            raise unknown("control", name, names)
-    return tuple(_starting_at(c, start.get(c.name, c.default)) for c in controls)
+    at = whole_setting(controls, start)
+    return tuple(_starting_at(c, at[c.name]) for c in controls)
+
+
+def whole_setting(controls: Sequence[Control], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A setting with the controls that it leaves out at their defaults.
+
+    Raises
+    ------
+    ValueError
+        for an unknown control.
+    """
+    whole = {control.name: control.default for control in controls}
+    for name in given:
+        if name not in whole:
+            raise unknown("control", name, whole)
+    return whole | dict(given)
 
 
 def figure_html(figure: Figure, caption: str) -> str:

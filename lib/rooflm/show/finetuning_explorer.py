@@ -9,7 +9,14 @@ from rooflm.roofline.hardware import Hardware, hardware_names, load_hardware
 from rooflm.roofline.numeric import unknown
 from rooflm.roofline.training import TrainingMemory, training_memory
 from rooflm.show.canvas import Figure
-from rooflm.show.explorer import Control, Explorer, doubling, figure_html, starting_at
+from rooflm.show.explorer import (
+    Control,
+    Explorer,
+    doubling,
+    figure_html,
+    starting_at,
+    whole_setting,
+)
 from rooflm.show.figures import bars
 from rooflm.show.tables import Table, table
 from rooflm.show.words import number, si
@@ -47,11 +54,7 @@ def finetuning_plans(**settings: Any) -> dict[str, TrainingMemory]:
     ValueError
         for an unknown control or value, or a rank that the model is too narrow for.
     """
-    s = {control.name: control.default for control in FINETUNING_CONTROLS}
-    for name in settings:
-        if name not in s:
-            raise unknown("control", name, s)
-    s |= settings
+    s = whole_setting(FINETUNING_CONTROLS, settings)
     if s["activations"] not in ("checkpointed", "all kept"):
         raise unknown("way to hold activations", s["activations"], ("checkpointed", "all kept"))
     how = s["batch"], s["tokens"], s["activations"] == "checkpointed"

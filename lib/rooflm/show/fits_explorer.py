@@ -11,8 +11,15 @@ from rooflm.roofline.formats import Precision
 from rooflm.roofline.hardware import Hardware, hardware_names, load_hardware
 from rooflm.roofline.memory import Memory, memory
 from rooflm.roofline.model import Model
-from rooflm.roofline.numeric import LARGEST_SIZE, unknown
-from rooflm.show.explorer import Control, Explorer, doubling, figure_html, starting_at
+from rooflm.roofline.numeric import LARGEST_SIZE
+from rooflm.show.explorer import (
+    Control,
+    Explorer,
+    doubling,
+    figure_html,
+    starting_at,
+    whole_setting,
+)
 from rooflm.show.figures import memory_bars
 from rooflm.show.tables import table
 from rooflm.show.words import number, si
@@ -54,11 +61,7 @@ def explore_fits(**settings: Any) -> Fit:
     ValueError
         for an unknown control or value.
     """
-    s = {control.name: control.default for control in FITS_CONTROLS}
-    for name in settings:
-        if name not in s:
-            raise unknown("control", name, s)
-    s |= settings
+    s = whole_setting(FITS_CONTROLS, settings)
     model, device = load_model(s["model"]), load_hardware(s["device"])
     p = Precision(weights=s["weights"], kv_cache=s["kv_cache"])
     batch, context = s["batch"], s["context"]

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rooflm.show.explorer import Control, Explorer, doubling, figure_html, starting_at
+from rooflm.show.explorer import (
+    Control,
+    Explorer,
+    doubling,
+    figure_html,
+    starting_at,
+    whole_setting,
+)
 from rooflm.show.grids import grids
 from rooflm.show.tables import table
 from rooflm.show.words import number
@@ -39,8 +46,7 @@ def explore_formats(**settings: Any) -> Trial:
     """What the explorer shows for a setting of its controls; those left out are at the start."""
     from rooflm.lab.quantize.trial import try_format  # here: torch, which others do without
 
-    start = {control.name: control.default for control in FORMATS_CONTROLS}
-    s = start | settings
+    s = whole_setting(FORMATS_CONTROLS, settings)
     return try_format(s["number_format"], s["group"], s["numbers"], s["outlier"])
 
 

@@ -9,8 +9,14 @@ from rooflm.roofline.config import load_model, model_names
 from rooflm.roofline.formats import Precision
 from rooflm.roofline.hardware import hardware_names, load_hardware
 from rooflm.roofline.model import ForwardPass
-from rooflm.roofline.numeric import unknown
-from rooflm.show.explorer import Control, Explorer, doubling, figure_html, starting_at
+from rooflm.show.explorer import (
+    Control,
+    Explorer,
+    doubling,
+    figure_html,
+    starting_at,
+    whole_setting,
+)
 from rooflm.show.stacks import memory_bars
 from rooflm.show.tables import Table, table
 from rooflm.show.words import number, plain, si
@@ -38,11 +44,7 @@ def kv_bits_steps(**settings: Any) -> dict[str, Report]:
     ValueError
         for an unknown control or value.
     """
-    s = {control.name: control.default for control in KV_BITS_CONTROLS}
-    for name in settings:
-        if name not in s:
-            raise unknown("control", name, s)
-    s |= settings
+    s = whole_setting(KV_BITS_CONTROLS, settings)
     step = ForwardPass.decode(s["batch"], s["context"])
     plans = {"FP16": ("fp16", "fp16")}
     plans[f"{s['weights']}, KV fp16"] = (s["weights"], "fp16")

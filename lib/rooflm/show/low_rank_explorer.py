@@ -25,7 +25,14 @@ from rooflm.roofline.model import ForwardPass, Model
 from rooflm.roofline.numeric import Number, maximum, unknown
 from rooflm.roofline.operators import Operator
 from rooflm.show.canvas import Figure
-from rooflm.show.explorer import Control, Explorer, doubling, figure_html, starting_at
+from rooflm.show.explorer import (
+    Control,
+    Explorer,
+    doubling,
+    figure_html,
+    starting_at,
+    whole_setting,
+)
 from rooflm.show.figures import lines
 from rooflm.show.tables import Table, table
 from rooflm.show.words import number, si
@@ -79,11 +86,7 @@ def low_rank_costs(**settings: Any) -> LowRank:
     ValueError
         for an unknown control or value, or a projection that the model does not have.
     """
-    s = {control.name: control.default for control in LOW_RANK_CONTROLS}
-    for name in settings:
-        if name not in s:
-            raise unknown("control", name, s)
-    s |= settings
+    s = whole_setting(LOW_RANK_CONTROLS, settings)
     model, t, t0 = load_model(s["model"]), s["tokens"], s["overhead"] * 1e-6
     shape, share = _shape(model, s["projection"]), s["share"] / 100
     p = Precision(s["weights"], "int8" if s["weights"] == "int8" else "fp16")

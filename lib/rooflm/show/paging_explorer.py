@@ -12,9 +12,15 @@ from rooflm.roofline.formats import Precision
 from rooflm.roofline.hardware import hardware_names, load_hardware
 from rooflm.roofline.memory import memory
 from rooflm.roofline.model import ForwardPass
-from rooflm.roofline.numeric import unknown
 from rooflm.show.canvas import Figure
-from rooflm.show.explorer import Control, Explorer, doubling, figure_html, starting_at
+from rooflm.show.explorer import (
+    Control,
+    Explorer,
+    doubling,
+    figure_html,
+    starting_at,
+    whole_setting,
+)
 from rooflm.show.figures import bars
 from rooflm.show.tables import Table, table
 from rooflm.show.words import number, si
@@ -63,11 +69,7 @@ def paging_plans(**settings: Any) -> tuple[int, dict[str, Placed]]:
         for an unknown control or value, a device without a published capacity, or requests that
         are longer than the longest.
     """
-    s = {control.name: control.default for control in PAGING_CONTROLS}
-    for name in settings:
-        if name not in s:
-            raise unknown("control", name, s)
-    s |= settings
+    s = whole_setting(PAGING_CONTROLS, settings)
     model, device = load_model(s["model"]), load_hardware(s["device"])
     now, final = mean_held(s["prompt"], s["output"], s["spread"])
     if final > s["longest"]:

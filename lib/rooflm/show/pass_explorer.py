@@ -11,7 +11,14 @@ from rooflm.roofline.formats import Precision
 from rooflm.roofline.hardware import hardware_names
 from rooflm.roofline.model import ForwardPass
 from rooflm.roofline.numeric import unknown
-from rooflm.show.explorer import Control, Explorer, doubling, figure_html, starting_at
+from rooflm.show.explorer import (
+    Control,
+    Explorer,
+    doubling,
+    figure_html,
+    starting_at,
+    whole_setting,
+)
 from rooflm.show.figures import roofline
 from rooflm.show.tables import Table, operators, table
 from rooflm.show.words import number, plain, report_words, si
@@ -45,11 +52,7 @@ def explore(**settings: Any) -> tuple[Report, list[tuple[str, str]]]:
     ValueError
         for an unknown control or value, or a format that the device has no rate for.
     """
-    s = {control.name: control.default for control in EXPLORER_CONTROLS}
-    for name in settings:
-        if name not in s:
-            raise unknown("control", name, s)
-    s |= settings
+    s = whole_setting(EXPLORER_CONTROLS, settings)
     phases = {"prefill": ForwardPass.prefill, "decode": ForwardPass.decode}
     if s["phase"] not in phases:
         raise unknown("phase", s["phase"], phases)

@@ -16,7 +16,14 @@ from rooflm.roofline.numeric import unknown
 from rooflm.roofline.removal import shrink
 from rooflm.roofline.sparsity import INDEXES, Layout, break_even_density
 from rooflm.show.canvas import Figure
-from rooflm.show.explorer import Control, Explorer, doubling, figure_html, starting_at
+from rooflm.show.explorer import (
+    Control,
+    Explorer,
+    doubling,
+    figure_html,
+    starting_at,
+    whole_setting,
+)
 from rooflm.show.figures import lines
 from rooflm.show.tables import Table, table
 from rooflm.show.words import fit_words, number, si
@@ -154,11 +161,7 @@ def _table(s: dict[str, Any], plans: dict[str, Report]) -> Table:
 
 
 def _setting(settings: dict[str, Any]) -> dict[str, Any]:
-    s = {control.name: control.default for control in SPARSITY_CONTROLS}
-    for name in settings:
-        if name not in s:
-            raise unknown("control", name, s)
-    s |= settings
+    s = whole_setting(SPARSITY_CONTROLS, settings)
     patterns = (*INDEXES, TWO_FOUR, LAYERS)
     if s["pattern"] not in patterns:
         raise unknown("pattern", s["pattern"], patterns)

@@ -21,15 +21,10 @@ from torch import Tensor
 from rooflm.lab.distill.divergences import Divergence
 from rooflm.lab.distill.sampling import answer_logits, sample
 from rooflm.lab.model import Transformer
-from rooflm.lab.train import Lesson, Plan, draw_rows
+from rooflm.lab.train import Lesson, Plan, draw_rows, step_generator
 from rooflm.roofline.numeric import size
 
 PROMPT, ROW = 16, 128  # tokens of a prompt, and of a row with what follows it
-
-
-def batch_generator(plan: Plan, step: int) -> torch.Generator:
-    """What draws a step's prompts and samples."""
-    return torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
 
 
 def own_samples(
@@ -53,7 +48,7 @@ def own_samples(
         raise ValueError(f"row is {row}; allowed: {prompt + 1} to {plan.tokens_per_step}")
 
     def batch(model: Transformer, step: int) -> tuple[Tensor]:
-        generator = batch_generator(plan, step)
+        generator = step_generator(plan, step)
         rows = plan.tokens_per_step // row
         prompts = draw_rows(sources, rows, prompt, plan.austen, generator)
         return (sample(model, prompts, row - prompt, generator, teacher, share),)

@@ -22,14 +22,16 @@ import torch
 from torch import Tensor
 
 from rooflm.lab import text
-from rooflm.lab.distill.on_policy import PROMPT, ROW, batch_generator
+from rooflm.lab.distill.on_policy import PROMPT, ROW
 from rooflm.lab.distill.sampling import answer_logits, sample, token_logs
 from rooflm.lab.model import Transformer
-from rooflm.lab.train import Lesson, Plan, draw_rows
+from rooflm.lab.train import Lesson, Plan, draw_rows, step_generator
 from rooflm.roofline.numeric import size
 
 SAMPLES, STRENGTH = 4, 0.1  # samples of a prompt; DPO's beta
 
+# (model, step) to ranked rows and what they were worth at the start: see `ranked_batch`.
+RankedBatch = Callable[[Transformer, int], tuple[Tensor, Tensor]]
 # Texts that begin alike, to their places in the order, best first.
 Judge = Callable[[Sequence[str]], list[int]]
 
@@ -87,7 +89,7 @@ def ranked_batch(
     samples: int = SAMPLES,
     row: int = ROW,
     prompt: int = PROMPT,
-) -> Callable[[Transformer, int], tuple[Tensor, Tensor]]:
+) -> RankedBatch:
     """The batch of a step: ranked rows of the start model, and its own log-probabilities.
 
     Returns
@@ -101,7 +103,7 @@ def ranked_batch(
         raise ValueError(f"samples is {samples}; allowed: 2 to {most}, the rows of a batch")
 
     def batch(_: Transformer, step: int) -> tuple[Tensor, Tensor]:
-        generator = batch_generator(plan, step)
+        generator = step_generator(plan, step)
         prompts = draw_rows(
             sources, plan.tokens_per_step // (row * samples), prompt, plan.austen, generator
         )
@@ -115,39 +117,33 @@ def ranked_batch(
     return batch
 
 
-def ranked_lesson(
-    start: Transformer,
-    judge: Judge,
-    sources: tuple[Tensor, Tensor],
-    plan: Plan,
-    strength: float = STRENGTH,
-    samples: int = SAMPLES,
-    row: int = ROW,
-    prompt: int = PROMPT,
-) -> Lesson:
-    """The order of ranked samples, from scores strength (log q - log q at the start)."""
+def ranked_lesson(batch: RankedBatch, prompt: int = PROMPT, strength: float = STRENGTH) -> Lesson:
+    """The order of ranked samples, from scores strength (log q - log q at the start).
+
+    Parameters
+    ----------
+    batch, prompt : as `ranked_batch` made it, and the tokens of a prompt there.
+    """
 
     def loss(model: Transformer, ranked: Tensor, before: Tensor) -> Tensor:
         return ranking_loss(strength * (_answer_logs(model, ranked, prompt) - before)).mean()
 
-    return Lesson(ranked_batch(start, judge, sources, plan, samples, row, prompt), loss)
+    return Lesson(batch, loss)
 
 
-def best_of_n(
-    start: Transformer,
-    judge: Judge,
-    sources: tuple[Tensor, Tensor],
-    plan: Plan,
-    samples: int = SAMPLES,
-    row: int = ROW,
-    prompt: int = PROMPT,
-) -> Lesson:
-    """The next token of the best sample alone: the others are thrown away."""
+def best_of_n(batch: RankedBatch, prompt: int = PROMPT) -> Lesson:
+    """The next token of the best sample alone: the others are thrown away.
+
+    Parameters
+    ----------
+    batch, prompt : as of `ranked_lesson`.
+    """
 
     def loss(model: Transformer, ranked: Tensor, _: Tensor) -> Tensor:
-        return -_answer_logs(model, ranked[:, 0], prompt).mean() / (row - prompt)
+        best = ranked[:, 0]
+        return -_answer_logs(model, best, prompt).mean() / (best.shape[1] - prompt)
 
-    return Lesson(ranked_batch(start, judge, sources, plan, samples, row, prompt), loss)
+    return Lesson(batch, loss)
 
 
 def _answer_logs(model: Transformer, rows: Tensor, prompt: int) -> Tensor:

@@ -23,7 +23,13 @@ from rooflm.lab.distill.divergences import forward_kl, generalized_jsd, reverse_
 from rooflm.lab.distill.matching import matching
 from rooflm.lab.distill.on_policy import ROW, on_policy
 from rooflm.lab.distill.policy import policy_gradient
-from rooflm.lab.distill.ranked import best_of_n, model_judge, random_judge, ranked_lesson
+from rooflm.lab.distill.ranked import (
+    best_of_n,
+    model_judge,
+    random_judge,
+    ranked_batch,
+    ranked_lesson,
+)
 from rooflm.lab.distill.teacher import Teacher
 from rooflm.lab.distill.text_only import teacher_corpus
 from rooflm.lab.distill.white_box import OBJECTIVES as WHITE_BOX
@@ -165,8 +171,8 @@ class Workshop:
         if name == POLICY:
             return policy_gradient(self.teacher, sources, plan, self.row)
         judge = random_judge(plan.seed) if name == UNRANKED else model_judge(self.teacher)
-        make = best_of_n if name == BEST else ranked_lesson
-        return make(self.student, judge, sources, plan, row=self.row)
+        batch = ranked_batch(self.student, judge, sources, plan, row=self.row)
+        return best_of_n(batch) if name == BEST else ranked_lesson(batch)
 
     def train(self, variant: Variant) -> Path:
         """Train a variant to the end; the folder of its checkpoint, which may be there already.

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rooflm.lab.calibrate import LINEARS, inner_linear
+from rooflm.lab.calibrate import LINEARS, differentiable, inner_linear
 from rooflm.lab.finetune import next_token_loss
 from rooflm.lab.model import Config, Transformer
 from rooflm.roofline.numeric import unknown
@@ -45,23 +45,13 @@ def weight_gradients(model: Transformer, rows: Tensor, batch: int = 4) -> dict[s
     dict
         "layers.0.q_proj": (d_out, d_in), and so on.
     """
-    weights = {
-        f"layers.{i}.{name}": inner_linear(block, name).weight
-        for i, block in enumerate(model.layers)
-        for name in LINEARS
-    }
-    before = [w.requires_grad for w in weights.values()]
-    found = {name: torch.zeros_like(w) for name, w in weights.items()}
-    for w in weights.values():
-        w.requires_grad_(True)
-    with torch.enable_grad():
+    with differentiable(model) as weights:
+        found = {name: torch.zeros_like(w) for name, w in weights.items()}
         for part in rows.split(batch):
             loss = next_token_loss(model, part) * len(part) / len(rows)
             gradients = torch.autograd.grad(loss, list(weights.values()))
             for name, gradient in zip(found, gradients, strict=True):
                 found[name] += gradient
-    for w, needed in zip(weights.values(), before, strict=True):
-        w.requires_grad_(needed)
     return found
 
 
