@@ -1,5 +1,7 @@
 """Shared fixtures: the survey's model and device, a small model, a deterministic hypothesis."""
 
+from contextlib import contextmanager
+
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -50,3 +52,46 @@ def sharp():
         return made
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """Makes the folder of a tiny checkpoint with the laboratory's vocabulary."""
+    torch = pytest.importorskip("torch")
+    from rooflm.lab.checkpoints import save_checkpoint
+    from rooflm.lab.model import Config, Transformer
+
+    def make(config=None):
+        config = config or Config(2048, hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64)
+        path = tmp_path_factory.mktemp("models") / "tiny"
+        model, generator = Transformer(config), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.2 * noise)
+        save_checkpoint(model, path, "none\n")
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def short_novels():
+    """A context in which texts are their first characters, much quicker to encode.
+
+    Yields the patch, for what else is to be small; two rows of text calibrate.
+    """
+    pytest.importorskip("torch")
+    from rooflm.lab import bench, pairs, text
+
+    @contextmanager
+    def short(characters):
+        whole = text.load_text
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(text, "load_text", lambda name: whole(name)[:characters])
+            patch.setattr(bench, "ROWS", 2)
+            pairs.block_bytes.cache_clear()
+            yield patch
+        pairs.block_bytes.cache_clear()
+
+    return short

@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rooflm.lab import maps, pairs, text
+from rooflm.lab import maps, text
 from rooflm.lab.bench import checkpoint_digest
-from rooflm.lab.checkpoints import load_checkpoint, save_checkpoint
+from rooflm.lab.checkpoints import load_checkpoint
 from rooflm.lab.estimates import ratio_estimate
 from rooflm.lab.finetune import fit, next_token_loss, text_batches
-from rooflm.lab.model import Config, Transformer
 from rooflm.lab.quantize import adapt, ledger, peft
 from rooflm.lab.quantize.codecs import to_format
 from rooflm.lab.quantize.ledger import BLOCK, MEASURED, Run, find_rows, find_run, load_ledger
@@ -28,30 +27,16 @@ FEW = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_texts():
-    """The start of a novel is enough here, and much quicker to encode."""
-    whole = text.load_text
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "load_text", lambda name: whole(name)[:12_000])
+def short_texts(short_novels):
+    with short_novels(12_000) as patch:
         patch.setattr(adapt, "CALIBRATION", (2, 64))
         patch.setattr(adapt, "GENERATED", (2, 70))
-        pairs.block_bytes.cache_clear()
         yield
-    pairs.block_bytes.cache_clear()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny checkpoint with the laboratory's vocabulary."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = Transformer(Config(2048, hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.2 * noise)
-    save_checkpoint(model, path, "none\n")
-    return path
+def folder(tiny_checkpoint):
+    return tiny_checkpoint()
 
 
 @pytest.fixture(scope="module")

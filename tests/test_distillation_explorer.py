@@ -1,6 +1,5 @@
 """The explorer of distillation: its students against what is known of the best Gaussian."""
 
-import base64
 import math
 import re
 import subprocess
@@ -11,7 +10,6 @@ import pytest
 
 from rooflm import show
 from rooflm.show.distillation_explorer import DISTILLATION_CONTROLS, toy_students
-from rooflm.show.explorer import WIDGET
 
 CHANGES = [("beta", 0.1), ("distance", 3.0), ("weight", 0.9), ("temperature", 2.0)]
 STEP = 1.06  # between two spreads of the grid, as a factor
@@ -145,16 +143,6 @@ def test_every_choice_can_be_had(explorer):
     for control in DISTILLATION_CONTROLS:
         for value in (control.options[0], control.options[-1]):
             assert 'role="status"' in explorer.show(**{**explorer.start, control.name: value})
-
-
-def test_it_is_a_page_and_a_widget(explorer):
-    pytest.importorskip("ipywidgets")
-    bundle = explorer._repr_mimebundle_()
-    assert bundle[WIDGET]["model_id"] == explorer.widget().model_id
-    page = bundle["text/html"]
-    assert base64.b64decode(re.search(r'base64,([^"]+)"', page)[1]).startswith(b"\x89PNG")
-    assert "reverse KL: mean -2" in re.search(r'<img alt="([^"]+)"', page)[1]
-    assert "<select" not in page and "<input" not in page
 
 
 def test_show_needs_no_torch_until_a_student_is_fitted():

@@ -5,10 +5,9 @@ import random
 import pytest
 import torch
 
-from rooflm.lab import bench as benches
 from rooflm.lab import frontier, text
 from rooflm.lab.bench import WINDOW, checkpoint_digest, decode_bytes, linear_weights
-from rooflm.lab.checkpoints import load_checkpoint, save_checkpoint
+from rooflm.lab.checkpoints import load_checkpoint
 from rooflm.lab.distill import ledger
 from rooflm.lab.estimates import Estimate, ratio_estimate
 from rooflm.lab.factorize import sweep as factorized
@@ -45,12 +44,8 @@ TOKENS = 4 * WINDOW
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_texts():
-    """The start of a novel is enough here, and much quicker to encode."""
-    whole = text.load_text
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "load_text", lambda name: whole(name)[:20_000])
-        patch.setattr(benches, "ROWS", 2)
+def short_texts(short_novels):
+    with short_novels(20_000):
         yield
 
 
@@ -262,17 +257,8 @@ def test_what_was_measured_again_stands_once():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny student with the laboratory's vocabulary."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = Transformer(Config(2048, hidden=64, layers=2, heads=2, kv_heads=1, intermediate=64))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.2 * noise)
-    save_checkpoint(model, path, "none\n")
-    return path
+def folder(tiny_checkpoint):
+    return tiny_checkpoint(Config(2048, hidden=64, layers=2, heads=2, kv_heads=1, intermediate=64))
 
 
 @pytest.fixture(scope="module")

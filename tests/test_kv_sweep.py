@@ -8,41 +8,29 @@ from torch.nn import functional
 
 from rooflm.lab import maps, text
 from rooflm.lab.bench import checkpoint_digest
-from rooflm.lab.checkpoints import load_checkpoint, save_checkpoint
+from rooflm.lab.checkpoints import load_checkpoint
 from rooflm.lab.estimates import ratio_estimate
 from rooflm.lab.kvcache import __main__ as command
 from rooflm.lab.kvcache import sweep
 from rooflm.lab.kvcache.sweep import BLOCK, BUDGETED, METHODS, Variant
 from rooflm.lab.kvcache.windowed import WindowedCache
-from rooflm.lab.model import Config, Transformer
+from rooflm.lab.model import Config
 from rooflm.lab.quantize.grids import round_to_nearest
 
 FEW = [Variant(), Variant("windowed", 16), Variant("kivi-2"), Variant("full", weights="int4-g64")]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_texts():
-    """The start of a novel is enough here, and much quicker to encode."""
-    whole = text.load_text
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "load_text", lambda name: whole(name)[:9_000])
+def short_texts(short_novels):
+    with short_novels(9_000) as patch:
         patch.setattr(sweep, "CALIBRATION", {"teacher": 512})
         patch.setattr(sweep, "CONTEXT", 120)
         yield
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny checkpoint with the laboratory's vocabulary."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = Transformer(Config(2048, hidden=64, layers=2, heads=2, kv_heads=1, intermediate=64))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.2 * noise)
-    save_checkpoint(model, path, "none\n")
-    return path
+def folder(tiny_checkpoint):
+    return tiny_checkpoint(Config(2048, hidden=64, layers=2, heads=2, kv_heads=1, intermediate=64))
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The explorer of methods and the figure with error bars."""
 
-import base64
 import io
-import re
 
 import matplotlib.image
 import pytest
@@ -118,9 +116,3 @@ def test_a_frontier_holds_values_below_zero():
 def test_a_frontier_refuses(series, options, words):
     with pytest.raises(ValueError, match=words):
         show.frontier(series, "x", "y", **options)
-
-
-def test_the_page_form_is_a_figure_and_a_table(explorer):
-    assert "Explorer, at its default setting" in explorer.html
-    png = base64.b64decode(re.search(r'base64,([^"]+)"', explorer.html)[1])
-    assert png.startswith(b"\x89PNG") and "<table" in explorer.html

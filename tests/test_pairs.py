@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from rooflm.lab import bench as benches
 from rooflm.lab import pairs, text
 from rooflm.lab.bench import WINDOW, Bench
 from rooflm.lab.evaluate import compare
@@ -13,14 +12,9 @@ TOKENS = 4 * WINDOW
 
 
 @pytest.fixture
-def bench():
-    whole = text.load_text
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "load_text", lambda name: whole(name)[:9_000])
-        patch.setattr(benches, "ROWS", 2)
-        pairs.block_bytes.cache_clear()
+def bench(short_novels):
+    with short_novels(9_000):
         yield Bench.load("student", TOKENS)
-    pairs.block_bytes.cache_clear()
 
 
 def test_two_cells_differ_as_their_models_do(bench):

@@ -3,13 +3,11 @@
 import csv
 
 import pytest
-import torch
 
-from rooflm.lab import bench as benches
 from rooflm.lab import text
 from rooflm.lab.bench import WINDOW, checkpoint_digest, decode_bytes, linear_weights
 from rooflm.lab.calibrate import LINEARS
-from rooflm.lab.checkpoints import load_checkpoint, save_checkpoint
+from rooflm.lab.checkpoints import load_checkpoint
 from rooflm.lab.evaluate import compare, evaluate
 from rooflm.lab.model import Config, Transformer
 from rooflm.lab.pairs import contrast_rows
@@ -30,27 +28,14 @@ FEW = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_texts():
-    """The start of a novel is enough here, and much quicker to encode."""
-    whole = text.load_text
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "load_text", lambda name: whole(name)[:6_000])
-        patch.setattr(benches, "ROWS", 2)
+def short_texts(short_novels):
+    with short_novels(6_000):
         yield
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny checkpoint with the laboratory's vocabulary."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = Transformer(CONFIG)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.2 * noise)
-    save_checkpoint(model, path, "none\n")
-    return path
+def folder(tiny_checkpoint):
+    return tiny_checkpoint(CONFIG)
 
 
 @pytest.fixture

@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rooflm.lab import bench as benches
 from rooflm.lab import maps, text
 from rooflm.lab.bench import WINDOW, checkpoint_digest
 from rooflm.lab.calibrate import calibration_rows, layer_inputs
-from rooflm.lab.checkpoints import load_checkpoint, save_checkpoint
+from rooflm.lab.checkpoints import load_checkpoint
 from rooflm.lab.estimates import ratio_estimate
-from rooflm.lab.model import Config, Transformer
 from rooflm.lab.quantize import sweep
 from rooflm.lab.quantize.apply import quantize_model
 from rooflm.lab.quantize.bench import make_bench
@@ -24,27 +22,14 @@ FEW = [Recipe("round", 2), Recipe("gptq", 3, 16), Recipe("round", 4, activations
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_texts():
-    """The start of a novel is enough here, and much quicker to encode."""
-    whole = text.load_text
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text, "load_text", lambda name: whole(name)[:6_000])
-        patch.setattr(benches, "ROWS", 2)
+def short_texts(short_novels):
+    with short_novels(6_000):
         yield
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny checkpoint with the laboratory's vocabulary."""
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    model = Transformer(Config(2048, hidden=32, layers=2, heads=2, kv_heads=1, intermediate=64))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.2 * noise)
-    save_checkpoint(model, path, "none\n")
-    return path
+def folder(tiny_checkpoint):
+    return tiny_checkpoint()
 
 
 @pytest.fixture(scope="module")
