@@ -1,13 +1,15 @@
 """The map of factorizations: its rows by hand, its command, and the committed file."""
 
 import csv
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from rooflm.lab import bench as benches
-from rooflm.lab import maps, text
-from rooflm.lab.bench import WINDOW, checkpoint_digest
+from rooflm.lab import maps, pairs, text
+from rooflm.lab.bench import SMOLLM2, WINDOW, checkpoint_digest
 from rooflm.lab.calibrate import LINEARS, inner_linear
 from rooflm.lab.checkpoints import load_checkpoint, save_checkpoint
 from rooflm.lab.evaluate import compare, evaluate
@@ -21,6 +23,7 @@ from rooflm.lab.factorize.tensor_train import token_train
 from rooflm.lab.factorize.variants import Variant, variants
 from rooflm.lab.model import Config, Transformer
 from rooflm.lab.quantize.gptq import gptq
+from rooflm.lab.train import CONFIGS
 
 FEW = [
     Variant(),
@@ -114,8 +117,9 @@ def test_rows_hold_losses_bytes_and_ranks(folder, few, tmp_path):
     numbers = 4 * 2 + 2 * 4 * 2 + 2 * 4  # of one token's train
     assert train["embedding_bits"] == 16 * 2048 * numbers
     assert train["decode_bytes"] == 2 * weights() + 2 * 2048 * numbers + 2 * 5 * 64
-    assert map_rows.contrast(low, full).value == pytest.approx(low["difference"], rel=1e-4)
-    assert map_rows.contrast(low, full).high == pytest.approx(low["difference_high"], rel=1e-4)
+    gap = pairs.contrast_rows(low, full).difference
+    assert gap.value == pytest.approx(low["difference"], rel=1e-4)
+    assert gap.high == pytest.approx(low["difference_high"], rel=1e-4)
     halved = (map_rows.tabulate(rows, {"x": FEW[1]}, ["MB", "bits", "loss", "rule"]))[0]
     assert halved[1:3] == (low["decode_bytes"] / 1e6, low["linear_bits"] / weights())
     assert halved[0] == "x" and halved[4] == "uniform"
@@ -233,6 +237,56 @@ def test_laser_rows_are_one_cut_matrix(bench):
     assert built.linear_bits == 16 * weights()
 
 
+def made(variant, nats, correct=(), **cells):
+    """A row of the map as a dict, its loss by the nats of its blocks."""
+    row = {"model": "teacher", "tokens": WINDOW * len(nats), **variant.names, **cells}
+    row["nats"] = " ".join(str(x) for x in nats)
+    return row | {"correct": " ".join(str(x) for x in correct), "linear_bits": 160}
+
+
+def spelled(first, last):
+    """Bytes of the text of some of the blocks."""
+    tokens = text.encode(text.load_text("persuasion"))
+    return len(text.decode(tokens[1 + first * WINDOW : 1 + last * WINDOW]).encode())
+
+
+def test_laser_is_chosen_on_the_first_half_and_tested_on_the_second():
+    lucky, useful = (Variant("laser", 0.6, layer=i, matrix="k_proj") for i in (0, 3))
+    rows = [
+        made(Variant(), [300, 310, 320, 330], [100] * 4),
+        made(useful, [299, 309, 319, 328], [101, 101, 99, 99]),
+        made(lucky, [298, 307, 322, 332], [90, 90, 108, 108]),
+        made(Variant("svd", 0.5, "uniform"), [1, 1, 1, 1]),
+    ]
+    found = map_rows.laser_trials(rows)
+    assert [x.cut for x in found] == [f"block {i}, k_proj, 60% of the rank" for i in (0, 3)]
+    first, second = spelled(0, 2) * math.log(2), spelled(2, 4) * math.log(2)
+    assert [x.chosen.value for x in found] == pytest.approx([-5 / first, -2 / first])
+    assert [x.tested.value for x in found] == pytest.approx([4 / second, -3 / second])
+    assert [x.foreseen.value for x in found] == pytest.approx([8 / WINDOW, -1 / WINDOW])
+
+
+def test_gaps_are_paired_and_of_the_shares_that_are_asked_for():
+    plain, white = Variant("svd", 0.9, "uniform"), Variant("whitened", 0.9, "uniform")
+    losses = {0.9: (310, 305), 0.5: (340, 350)}
+    rows = [made(Variant(), [300] * 4)]
+    for share, pair in losses.items():
+        for variant, nats in zip((plain, white), pair, strict=True):
+            # Blocks are as far apart as their bytes, so that the paired difference has no spread.
+            sizes = [spelled(i, i + 1) / 1000 for i in range(4)]
+            cells = {"difference": 0.1, "difference_low": 0.05, "difference_high": 0.15}
+            row = made(replace(variant, share=share), [nats * x for x in sizes], **cells)
+            rows.append(row)
+    wanted = {"plain": plain, "white": white}
+    table = map_rows.gaps(rows, wanted, [("white", "plain"), ("plain", "white")], (0.9, 0.5))
+    by_hand = [(b - a) / 1000 / math.log(2) for a, b in losses.values()]
+    assert table[0] == ("white less plain", *(f"{x:+.4f} ± 0.0000" for x in by_hand))
+    assert table[1] == ("plain less white", *(f"{-x:+.4f} ± 0.0000" for x in by_hand))
+    assert map_rows.gaps(rows, wanted, [("white", "plain")]) == [table[0][:2]]
+    assert map_rows.at_shares(rows, wanted, (0.5, 0.9))[1] == ("white", *2 * ["+0.1000 ± 0.0500"])
+    assert map_rows.beside(rows, white, plain) == (16, 16, table[0][1])
+
+
 def test_variants_are_told_apart():
     for name, config in (("teacher", CONFIG), ("smollm2", CONFIG)):
         found = variants(name, config)
@@ -254,16 +308,19 @@ def test_bad_input_is_named(folder, tmp_path, capsys):
         Variant(bits=4)
     with pytest.raises(ValueError, match=r"the map has no row of svd 0\.5 uniform"):
         sweep.find_row([], Variant("svd", 0.5, "uniform"))
-    with pytest.raises(ValueError, match="the rows are of smollm2"):
-        map_rows.contrast({"model": "smollm2"}, {"model": "teacher"})
     with pytest.raises(SystemExit):
         command.main(["--tokens", "3"])
     assert command.main(["--model", "nothing", "--out", str(tmp_path / "x.csv")]) == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_the_committed_map_is_of_the_committed_model_and_its_columns_agree():
-    rows = sweep.load_map("teacher")
+@pytest.mark.parametrize("name", ["teacher", SMOLLM2])
+def test_the_committed_map_holds_every_variant_of_the_committed_model(name):
+    rows = sweep.load_map(name)
+    wanted = variants(name, CONFIGS["teacher"])  # SmolLM2's choice does not ask for the shape
+    assert len(rows) == len(wanted)
+    for variant in wanted:
+        assert sweep.find_row(rows, variant)["method"] == variant.method
     keys = [sweep.MAP.key(row) for row in rows]
     assert len(set(keys)) == len(keys)
     for row in rows:

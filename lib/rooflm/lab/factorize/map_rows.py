@@ -5,20 +5,17 @@ Chapter: factorization.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from rooflm.lab import pairs, text
-from rooflm.lab.bench import SMOLLM2, WINDOW
-from rooflm.lab.estimates import Estimate, ratio_estimate
+from rooflm.lab import map_tables
+from rooflm.lab.estimates import Estimate
 from rooflm.lab.factorize.sweep import find_row, more_correct
 from rooflm.lab.factorize.variants import Variant
-from rooflm.lab.quantize.map_rows import loss_words
+from rooflm.lab.map_tables import Place, loss_words
+from rooflm.lab.pairs import contrast_rows
 from rooflm.lab.rows import Row
-
-WHOLE = slice(None)
 
 
 def tabulate(
@@ -28,25 +25,12 @@ def tabulate(
 
     Parameters
     ----------
-    rows : of the map.
     wanted : variants by the names that the table shall give them.
-    columns : the map's own; or "loss", the difference with half its interval in words, "MB", which
-        a decoded token reads, or "bits", of a linear weight of the full model.
+    columns : as of `map_tables.tabulate`.
     """
-    rows, columns = list(rows), list(columns)
-    whole = find_row(rows, Variant())["linear_bits"] / 16
-
-    def cell(row: Mapping[str, Any], column: str) -> Any:
-        if column == "loss":
-            return loss_words(row)
-        if column == "MB":
-            return row["decode_bytes"] / 1e6
-        if column == "bits":
-            return row["linear_bits"] / whole
-        return f"{row['agreement']:.0%}" if column == "agreement" else row[column]
-
+    rows = list(rows)
     found = {name: find_row(rows, variant) for name, variant in wanted.items()}
-    return [(name, *(cell(row, column) for column in columns)) for name, row in found.items()]
+    return map_tables.tabulate(found, columns, find_row(rows, Variant()))
 
 
 def at_shares(
@@ -79,8 +63,8 @@ def gaps(
 
     def cell(pair: tuple[str, str], share: float | None) -> str:
         two = (wanted[name] for name in pair)
-        found = [find_row(rows, v if share is None else replace(v, share=share)) for v in two]
-        return words(contrast(*found))
+        a, b = (find_row(rows, v if share is None else replace(v, share=share)) for v in two)
+        return contrast_rows(a, b).difference.signed()
 
     return [(f"{a} less {b}", *(cell((a, b), s) for s in columns)) for a, b in pairs]
 
@@ -88,47 +72,29 @@ def gaps(
 def beside(rows: Iterable[Row], ours: Variant, theirs: Variant) -> tuple[float, float, str]:
     """Two variants: bits of a linear weight of each, and the paired difference of their losses."""
     rows = list(rows)
-    pair = find_row(rows, ours), find_row(rows, theirs)
-    whole = find_row(rows, Variant())["linear_bits"] / 16
-    first, second = (row["linear_bits"] / whole for row in pair)
-    return first, second, words(contrast(*pair))
+    first, second = find_row(rows, ours), find_row(rows, theirs)
+    gap = contrast_rows(first, second).difference
+    return _bits(rows, first), _bits(rows, second), gap.signed()
 
 
-def words(found: Estimate, digits: int = 4) -> str:
-    """An estimate with half its interval, such as "+0.0057 ± 0.0028"."""
-    return f"{found.value:+.{digits}f} ± {(found.high - found.low) / 2:.{digits}f}"
-
-
-def points(
-    rows: Iterable[Row], wanted: Iterable[Variant], across: str = "MB"
-) -> list[tuple[float, float, float, float]]:
+def points(rows: Iterable[Row], wanted: Iterable[Variant], across: str = "MB") -> list[Place]:
     """What a figure draws: place, loss added, and the ends of its interval.
 
     Parameters
     ----------
-    across : "MB" or "bits", as in `tabulate`.
+    across : "MB", which a decoded token reads, or "bits" of a linear weight of the full model.
     """
     rows = list(rows)
-    names = (across, "difference", "difference_low", "difference_high")
-    labels = {str(i): variant for i, variant in enumerate(wanted)}
-    return [tuple(row[1:]) for row in tabulate(rows, labels, names)]  # type: ignore[misc]
+
+    def place(row: Mapping[str, Any]) -> float:
+        return _bits(rows, row) if across == "bits" else float(row["decode_bytes"]) / 1e6
+
+    return map_tables.places([find_row(rows, variant) for variant in wanted], place)
 
 
-def contrast(row: Mapping[str, Any], other: Mapping[str, Any], blocks: slice = WHOLE) -> Estimate:
-    """The first row minus the second, bits per byte, paired; on some of the text's blocks.
-
-    Raises
-    ------
-    ValueError
-        for rows of SmolLM2, whose blocks are of other tokens.
-    """
-    if SMOLLM2 in (row["model"], other["model"]):
-        raise ValueError("the rows are of smollm2; allowed: models of the laboratory's tokenizer")
-    ours, theirs = (
-        pairs.from_nats(r["nats"], text.HELD_OUT, r["tokens"], WINDOW).blocks for r in (row, other)
-    )
-    gap = (ours.losses - theirs.losses) / math.log(2)
-    return ratio_estimate(gap[blocks], ours.bytes[blocks])
+def _bits(rows: Iterable[Row], row: Mapping[str, Any]) -> float:
+    """What a row stores for a linear weight of the full model."""
+    return float(16 * row["linear_bits"] / find_row(rows, Variant())["linear_bits"])
 
 
 def ranks_by_kind(row: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
@@ -174,8 +140,8 @@ def laser_trials(rows: Iterable[Row]) -> list[Trial]:
         found.append(
             Trial(
                 f"block {layer}, {matrix}, {row['share']:.0%} of the rank",
-                contrast(row, full, first),
-                contrast(row, full, second),
+                contrast_rows(row, full, first).difference,
+                contrast_rows(row, full, second).difference,
                 more_correct(row, full, second),
             )
         )
