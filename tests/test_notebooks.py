@@ -27,6 +27,7 @@ NOTEBOOKS = sorted(
 EXCUSES = {"timing", "widget", "float"}
 IGNORE = "nbval-ignore-output"
 FOLDED = {"source_hidden": True, "outputs_hidden": True}
+REGION = re.compile(r'role="region" aria-label="([^"]+)"')
 RULES = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -157,6 +158,15 @@ def test_no_column_heading_is_empty(path):
         ),
         "a column heading without a word, which a screen reader can't announce",
     )
+
+
+@RULES
+def test_no_two_tables_have_one_name(path):
+    """A screen reader lists the regions of a page by their names."""
+    _, cells = read(path)
+    stored = [o.get("data", {}).get("text/html", "") for _, c in cells for o in c.outputs]
+    names = [name for page in stored for name in REGION.findall(page)]
+    assert not {name for name in names if names.count(name) > 1}
 
 
 @RULES
