@@ -7,7 +7,7 @@ import torch
 
 import rooflm
 from rooflm.lab.bench import decode_bytes, linear_weights
-from rooflm.lab.calibrate import LINEARS, visit_blocks
+from rooflm.lab.calibrate import LINEARS, differentiable, visit_blocks
 from rooflm.lab.finetune import next_token_loss
 from rooflm.lab.model import Config, FullCache
 from rooflm.lab.prune import depth, structured
@@ -136,6 +136,21 @@ def test_gradients_are_those_of_the_mean_loss_whatever_the_batch(model, rows):
         weight.requires_grad_(False)
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-7)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_weights_are_open_to_gradients_inside_alone(model):
+    model.embedding.weight.requires_grad_(False)
+    model.layers[0].q_proj.weight.requires_grad_(True)  # as somebody left it
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with differentiable(model) as weights:
+        assert set(weights) == {f"layers.{i}.{n}" for i in range(CONFIG.layers) for n in LINEARS}
+        assert all(w.requires_grad for w in weights.values())
+        assert not model.embedding.weight.requires_grad
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    with pytest.raises(KeyError), torch.no_grad(), differentiable(model):
+        assert torch.is_grad_enabled()
+        raise KeyError
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
 def test_a_part_that_does_nothing_scores_zero_and_is_the_first_to_go(model, rows):

@@ -131,6 +131,8 @@ def test_tables_and_figures_read_the_map_in_its_own_units(rows):
     assert map_rows.points(rows, FEW[:1])[0][:2] == (50, row["difference"])
     assert map_rows.points(rows, FEW[:1], "MB")[0][0] == row["decode_bytes"] / 1e6
     assert map_rows.beside(rows, FEW[0], FEW[0]) == "+0.0000 ± 0.0000, within noise"
+    less = map_rows.losses(rows, {"x": [FEW[0], FEW[1], None]}, less=[(1, 0), (2, 0)])
+    assert less[0][4:] == (map_rows.beside(rows, FEW[1], FEW[0]), "–")
 
 
 def test_the_command_goes_on_where_it_was_interrupted(folder, few, tmp_path, monkeypatch, capsys):
