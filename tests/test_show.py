@@ -196,6 +196,21 @@ def test_a_table_escapes_markup():
     assert "&lt;script&gt;" in page and 'aria-label="&quot;&lt;i&gt;&quot; &amp; more"' in page
 
 
+def test_a_number_stays_in_line_with_its_unit_and_its_interval():
+    row = (
+        "+0.0252 ± 0.0039",
+        "13.8 GB",
+        "-0.0019 ± 0.0032, within noise",
+        "50 of 100",
+        "3 bits g64",
+    )
+    made = show.table([("a", *row)], columns=list("vwxyzu"))
+    joined = "+0.0252&nbsp;±&nbsp;0.0039", "13.8&nbsp;GB"
+    cells = re.findall("<td>([^<]*)</td>", made.html)
+    assert cells == [*joined, "-0.0019&nbsp;±&nbsp;0.0032, within noise", *row[3:]]
+    assert all(cell in str(made) for cell in row)  # the text is as it was
+
+
 def test_a_table_has_caption_and_scoped_headings_and_scrolls_with_the_keyboard():
     page = show.table([(1, 2.5), (3, None)], columns=["a", "b"], caption="two rows").html
     assert "<caption><span>two rows</span></caption>" in page

@@ -29,6 +29,8 @@ OPERATOR_COLUMNS = {
     "rate": ("roof", None),
 }
 _PERCENT = re.compile(r"[+−-]?\d[\d,]*(\.\d+)? ?%")
+# A number and its unit, such as "13.8 GB" or "1.72 ×"; the unit may be escaped.
+_QUANTITY = re.compile(r"[+−-]?\d[\d,.]* [^\s\d]{1,8}")
 _USUAL = ("name", "count", "flops", "bytes", "intensity", "attainable", "total_seconds", "bound")
 
 
@@ -81,7 +83,7 @@ class Table:
     def _cells(self, row: tuple[str, ...]) -> str:
         first = f'<th scope="row"{_class(self.right[0])}>{html.escape(row[0])}</th>'
         rest = "".join(
-            f"<td{_class(right)}>{html.escape(cell)}</td>"
+            f"<td{_class(right)}>{_unbroken(html.escape(cell))}</td>"
             for cell, right in zip(row[1:], self.right[1:], strict=True)
         )
         return first + rest
@@ -98,6 +100,13 @@ class Table:
         ]
         rule = "  ".join("-" * width for width in widths)
         return "\n".join([*([self.caption] if self.caption else []), texts[0], rule, *texts[1:]])
+
+
+def _unbroken(cell: str) -> str:
+    """A cell in which no line ends between a number and its unit or its interval."""
+    if _QUANTITY.fullmatch(cell):
+        return cell.replace(" ", "&nbsp;")
+    return cell.replace(" ± ", "&nbsp;±&nbsp;")
 
 
 def table(
