@@ -86,8 +86,8 @@ def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
 def at_temperature(divergence: Divergence, temperature: float) -> Divergence:
     """A divergence of softened distributions, times T^2.
 
-    Both logits are divided by T, which shrinks the gradient by about 1 / T^2; the factor brings it
-    back, so that a mix with a hard loss keeps its proportions when T changes.
+    Both logits are divided by T, which shrinks the gradient, for large T by 1 / T^2; the factor
+    brings it back, so that a mix with a hard loss keeps its proportions when T changes.
 
     Source: arXiv 1503.02531, section 2.
     """
