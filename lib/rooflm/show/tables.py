@@ -30,7 +30,7 @@ OPERATOR_COLUMNS = {
 }
 _PERCENT = re.compile(r"[+−-]?\d[\d,]*(\.\d+)? ?%")
 # A number and its unit, such as "13.8 GB" or "1.72 ×"; the unit may be escaped.
-_QUANTITY = re.compile(r"[+−-]?\d[\d,.]* [^\s\d]{1,8}")
+_QUANTITY = re.compile(r"[+−-]?\d[\d,.]* [^\s\d()]{1,8}")
 _USUAL = ("name", "count", "flops", "bytes", "intensity", "attainable", "total_seconds", "bound")
 
 
