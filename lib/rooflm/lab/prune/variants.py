@@ -92,6 +92,7 @@ def _weights() -> list[Variant]:
         for x in (0.5, 0.6, 0.7)
     ]
     found += [Recipe(m, x, update=True) for m in ("magnitude", "wanda") for x in (0.5, 0.7)]
+    found += [Recipe(m, 0.5, "2:4", update=True) for m in ("magnitude", "wanda")]
     found += [
         Recipe(m, x, refit=True) for m in ("magnitude", "wanda", "sparsegpt") for x in (0.5, 0.7)
     ]
