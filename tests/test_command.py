@@ -94,7 +94,7 @@ def test_a_method_narrows_what_is_wanted(asked):
         (("--tokens", "399"), "--tokens is 399; allowed: 400 or more"),
         (("--tokens", "0"), "--tokens is 0; allowed: 400 or more"),
         (("--method", "grow"), "'round', 'gptq'"),
-        (("--model", "professor"), "professor"),
+        (("--model", "professor"), "unknown checkpoint 'professor'; allowed: "),
     ],
 )
 def test_a_map_command_refuses_in_one_line(asked, capsys, given, words):

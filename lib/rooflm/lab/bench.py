@@ -29,12 +29,11 @@ from rooflm.lab.calibrate import (
     inner_linear,
     visit_blocks,
 )
-from rooflm.lab.checkpoints import load_checkpoint
+from rooflm.lab.checkpoints import checkpoint_folder, load_checkpoint
 from rooflm.lab.evaluate import Comparison, Evaluation, compare, evaluate, prepare_reference
 from rooflm.lab.model import Config, Transformer
 from rooflm.lab.smollm2 import FILE_SHA256, load_smollm2
 from rooflm.lab.stored import read_checked, sha256
-from rooflm.roofline.datafiles import data_path
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -158,5 +157,4 @@ def checkpoint_digest(name: str | Path = "teacher") -> str:
     """The start of the SHA-256 of a model's weights."""
     if str(name) == SMOLLM2:
         return FILE_SHA256[:12]
-    folder = data_path("checkpoints", str(name)) if "/" not in str(name) else Path(name)
-    return sha256(read_checked(folder / "model.safetensors"))[:12]
+    return sha256(read_checked(checkpoint_folder(name) / "model.safetensors"))[:12]

@@ -27,6 +27,15 @@ def checkpoint_names() -> list[str]:
     return sorted(p.parent.name for p in folder.glob("*/config.json"))
 
 
+def checkpoint_folder(name: str | Path) -> Path:
+    """Where a checkpoint lies; its name or its folder as of `load_checkpoint`."""
+    if isinstance(name, Path) or "/" in name:
+        return Path(name)
+    if name not in checkpoint_names():
+        raise unknown("checkpoint", name, checkpoint_names())
+    return data_path("checkpoints", name)
+
+
 def load_checkpoint(name: str | Path) -> Transformer:
     """A model in FP32, in evaluation mode.
 
@@ -39,12 +48,7 @@ def load_checkpoint(name: str | Path) -> Transformer:
     ValueError
         for an unknown name, or for a file that is missing, altered, cut short or does not fit.
     """
-    if isinstance(name, str) and "/" not in name:
-        if name not in checkpoint_names():
-            raise unknown("checkpoint", name, checkpoint_names())
-        folder = data_path("checkpoints", name)
-    else:
-        folder = Path(name)
+    folder = checkpoint_folder(name)
     try:
         fields = json.loads(read_checked(folder / "config.json"))
     except (json.JSONDecodeError, UnicodeDecodeError):

@@ -71,12 +71,17 @@ class MapCommand:
             description=self.about,
             epilog="An interrupted run goes on when the same command is given.",
         )
-        add, methods = parser.add_argument, tuple(self.methods)
+        add, methods = parser.add_argument, tuple(dict.fromkeys(self.methods))
         models = " and ".join(self.tokens)
-        add("--model", help=f"teacher, student, smollm2 or a checkpoint's folder ({models})")
+        add("--model", help=f"teacher, student, smollm2 or a checkpoint's folder; else {models}")
         tokens = ", ".join(f"{name}: {count}" for name, count in self.tokens.items())
         add("--tokens", type=int, help=f"of Persuasion to measure on ({tokens})")
-        add("--method", choices=methods, metavar="METHOD", help=f"only: {', '.join(methods)}")
+        add(
+            "--method",
+            choices=methods,
+            metavar="METHOD",
+            help=f"only the variants of one: {', '.join(methods)}",
+        )
         add("--fresh", action="store_true", help="drop the rows that the file holds of the model")
         add("--out", type=Path, help=f"the map (data/{'/'.join(self.file.place)})")
         return parser
