@@ -6,7 +6,14 @@ import torch
 from torch.nn import functional
 
 from rooflm.lab.calibrate import LINEARS, layer_inputs
-from rooflm.lab.factorize.aware import asvd, cholesky, output_gradients, two_sided, whitened
+from rooflm.lab.factorize.aware import (
+    asvd,
+    cholesky,
+    errors,
+    output_gradients,
+    two_sided,
+    whitened,
+)
 from rooflm.lab.factorize.svd import decompose, tails, truncate
 from rooflm.lab.model import Config
 
@@ -38,6 +45,15 @@ def test_output_error_is_the_tail_of_the_whitened_singular_values():
         error = output_error(weight, truncate(found, rank).weight, x)
         assert error == pytest.approx((singular[rank:] ** 2).sum(), rel=1e-3)
         assert tails(found.singular)[rank].item() == pytest.approx(error, rel=1e-3)
+
+
+def test_errors_are_parts_of_the_weight_and_of_its_outputs():
+    weight, x = layer()
+    other = weight + 0.1 * layer(seed=1)[0]
+    of_weight, of_outputs = errors(weight, other, x.T @ x / len(x))
+    assert of_weight == pytest.approx(((other - weight).norm() / weight.norm()).item() ** 2)
+    whole = output_error(weight, 0 * weight, x)
+    assert of_outputs == pytest.approx(output_error(weight, other, x) / whole, rel=1e-4)
 
 
 @pytest.mark.parametrize("seed", range(6))

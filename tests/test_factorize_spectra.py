@@ -1,4 +1,4 @@
-"""The spectrum of noise, against noise."""
+"""The spectrum of noise, against noise; of outputs, against noise that reads the same inputs."""
 
 import math
 
@@ -8,10 +8,13 @@ import torch
 from rooflm.lab.factorize.spectra import (
     energy,
     kept_at_break_even,
+    left_out,
     noise_spectrum,
     rank_of_energy,
+    strongest,
 )
 from rooflm.lab.factorize.timing import factor_times
+from rooflm.lab.quantize.gptq import output_error
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (768, 256), (128, 512)])
@@ -63,6 +66,48 @@ def test_the_break_even_rank_keeps_no_more_of_noise_than_its_law_says():
     assert kept_at_break_even(noise[:1])[0] == pytest.approx(
         (singular[:rank].square().sum() / singular.square().sum()).item()
     )
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (64, 64), (48, 96)])
+def test_noise_in_place_of_a_weight_is_its_control(shape):
+    inputs = drawn(500, shape[1]) * torch.logspace(0, -2, shape[1], dtype=torch.float64)
+    hessian = inputs.T @ inputs / 500
+    found = left_out(drawn(*shape, seed=7), hessian, 0.5)
+    assert found.weight == pytest.approx(found.noise, rel=0.1)
+    assert found.outputs == pytest.approx(found.noise_outputs, rel=0.2)
+    assert found.noise_outputs < 0.3 * found.noise  # the inputs alone make the spectrum steep
+    white = left_out(drawn(*shape, seed=7), torch.eye(shape[1]), 0.5)
+    assert white.outputs == pytest.approx(white.weight)
+    assert white.noise_outputs == pytest.approx(white.noise)
+
+
+def test_what_is_left_out_of_the_outputs_is_the_best_cuts_error():
+    weight, inputs = drawn(40, 24), drawn(300, 24) @ drawn(24, 24, seed=1)
+    hessian = inputs.T @ inputs / 300
+    rank = 40 * 24 // (2 * (40 + 24))
+    outputs = inputs @ weight.T  # the best cut projects the outputs on their main directions
+    axes = torch.linalg.svd(outputs, full_matrices=False).Vh[:rank]
+    cut = axes.T @ (axes @ weight)
+    expected = output_error(weight, cut, hessian) / output_error(weight, 0 * weight, hessian)
+    found = left_out(weight, hessian, 0.5)
+    assert found.outputs == pytest.approx(expected, rel=1e-6)
+    assert found.weight == pytest.approx(1 - energy(torch.linalg.svdvals(weight))[rank].item())
+
+
+@pytest.mark.parametrize("tokens", [50, 8])
+def test_a_strong_direction_need_not_be_a_strong_channel(tokens):
+    one = 0.01 * drawn(tokens, 12)
+    one[:, 5] += 3
+    channels, directions = strongest(one)
+    assert channels > 0.99 and directions >= channels
+    axis = torch.ones(12, dtype=torch.float64) / math.sqrt(12)
+    channels, directions = strongest(0.01 * drawn(tokens, 12) + 3 * axis)
+    assert channels == pytest.approx(1 / 12, rel=0.1) and directions > 0.99
+    assert strongest(one, part=1) == pytest.approx((1, 1))
 
 
 def test_times_are_ratios_to_the_whole_matrix():

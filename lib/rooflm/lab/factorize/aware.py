@@ -7,14 +7,17 @@ All of these decompose another matrix and take the change back afterwards:
 - ASVD scales the columns of W by the mean magnitude of their inputs, to a power alpha.
 - `whitened` takes W L with L L^T = H. The output's error is then the tail of the singular values,
   and no rank-r weight has a smaller one on these inputs: it solves the problem.
-- `two_sided` weighs the outputs too, by the covariance G of the loss's gradients: it minimizes
-  tr G (W - W_r) H (W - W_r)^T, to second order twice what the loss rises by. Its singular values
-  are in one currency for all layers.
+- `two_sided` weighs the outputs too, by the second moments G of the loss's gradients: it minimizes
+  tr G (W - W_r) H (W - W_r)^T, an estimate of twice what the loss rises by. The estimate leaves
+  out the first-order term, has the empirical Fisher matrix (gradients for the text's own next
+  tokens) in place of the Hessian, and in its place the Kronecker product of H and G: inputs and
+  gradients as if independent, and no terms between tokens.
 
 All of it runs in float64; H and G get a small part of their diagonal added to it.
 
 Sources: ASVD, arXiv 2312.05821, section 3 (eq. 1, 3-8; eq. 9 is the Cholesky factor); SVD-LLM,
-arXiv 2403.07378, section 3.1; the two sides, GFWSVD, arXiv 2505.17974, and K-FAC, arXiv 1503.05671.
+arXiv 2403.07378, section 3.1; the Kronecker product, K-FAC, arXiv 1503.05671. GFWSVD, arXiv
+2505.17974, has the same two-sided form with other factors, fitted to the observed Fisher matrix.
 
 Chapter: factorization.
 """
@@ -31,7 +34,7 @@ from torch.nn import functional
 from rooflm.lab.calibrate import LINEARS, plain_linear
 from rooflm.lab.factorize.svd import Decomposition, check_matrix, decompose
 from rooflm.lab.model import Transformer
-from rooflm.lab.quantize.gptq import check_hessian
+from rooflm.lab.quantize.gptq import check_hessian, output_error
 from rooflm.roofline.numeric import shorten
 
 DAMP = 1e-9  # of each channel's power: enough to invert, too little to be seen in an error
@@ -90,20 +93,21 @@ def whitened(weight: Tensor, hessian: Tensor, damp: float = DAMP) -> Decompositi
 def two_sided(
     weight: Tensor, hessian: Tensor, gradients: Tensor, damp: float = DAMP
 ) -> Decomposition:
-    """The decomposition whose cuts raise the loss least, by a second-order estimate.
+    """The decomposition whose cuts raise the loss least, by the estimate above.
 
     Parameters
     ----------
     weight, hessian, damp : as in `whitened`.
-    gradients : (d_out, d_out), mean g g^T of the loss's gradients with respect to the outputs.
+    gradients : (d_out, d_out), mean g g^T of the loss's gradients with respect to the outputs,
+        as of `output_gradients`.
 
     Returns
     -------
     Decomposition
         half of its `tails` estimate what the loss rises by, nats a token.
 
-    Source: GFWSVD, arXiv 2505.17974; that Fisher's matrix is about H times G, K-FAC,
-    arXiv 1503.05671.
+    Source: that the Fisher matrix is about the Kronecker product of H and G, K-FAC,
+    arXiv 1503.05671; the same two-sided form with other factors, GFWSVD, arXiv 2505.17974.
     """
     check_hessian(hessian, weight)
     check_hessian(gradients, weight.T)
@@ -111,6 +115,19 @@ def two_sided(
     found = decompose(outputs.T @ check_matrix(weight).double() @ inputs)
     left = torch.linalg.solve_triangular(outputs.T, found.left, upper=True)
     return Decomposition(left, found.singular, _times_inverse(found.right, inputs))
+
+
+def errors(weight: Tensor, cut: Tensor, hessian: Tensor) -> tuple[float, float]:
+    """Squared errors of a weight and of its outputs, as parts of their squares.
+
+    Parameters
+    ----------
+    weight, cut : (d_out, d_in), the weight and what is to stand in its place.
+    hessian : (d_in, d_in), inputs^T inputs / tokens.
+    """
+    of_weights = (weight - cut).square().sum() / weight.square().sum()
+    whole = output_error(weight, 0 * weight, hessian)
+    return float(of_weights), output_error(weight, cut, hessian) / whole
 
 
 def output_gradients(model: Transformer, rows: Tensor) -> dict[str, Tensor]:

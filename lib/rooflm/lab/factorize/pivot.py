@@ -2,10 +2,10 @@
 
 Of rank r, a weight has r independent rows, and every other row is a combination of them: the r
 rows as they are and (d_out - r) x r coefficients, r (d_out + d_in - r) numbers in all. Two factors
-hold r^2 more, since b @ a = (b m)(m^-1 a) for any invertible m. Nothing is lost by this, and it
-takes fewer numbers than the matrix itself at every rank that is not full: there is no break-even
-rank. What comes with it is an order of the outputs, an index of 16 bits for each, which is counted
-here as one number more.
+hold r^2 more, since b @ a = (b m)(m^-1 a) for any invertible m. Nothing is lost by this, and rows
+and coefficients are fewer than the matrix's own numbers at every rank that is not full. What comes
+with them is an order of the outputs, an index of 16 bits for each, which is counted here as one
+number more. With it there is a break-even rank again, d - sqrt(d) for a square matrix of side d.
 
 Source: pivoting factorization, arXiv 2501.19090; rows chosen by a pivoted QR decomposition,
 Golub and Van Loan, Matrix Computations, section 5.4.

@@ -7,8 +7,8 @@ pass the rest on. The squared error of all cuts is at most the sum of what each 
 An embedding becomes trains in two ways. In TensorGPT each token's vector is a tensor of its own,
 with its own cores: the channel number is written with several digits. Or the whole matrix is one
 tensor, whose k-th index is the k-th digit of the token with the k-th digit of the channel
-(`matrix_train`). Neither digit means anything, unless training has put neighbours together: the
-control is the same matrix with its channels, or its tokens, in a random order.
+(`matrix_train`). A train can use a digit only as far as neighbours in number have something in
+common. The control is the same matrix with its channels, or its tokens, in a random order.
 
 Cores are kept as (indices, r_{k-1}, width, r_k), one slice for each token or for each digit of it,
 so that a row is looked up without the matrix: gather N slices, multiply them up.

@@ -143,7 +143,10 @@ def _allocations() -> list[Variant]:
     searched += [Variant("svd", s, "threshold") for s in (0.9, 0.7, 0.5)]
     searched += [Variant("whitened", s, "measured", pivoted=True) for s in SHARES]
     loss = [Variant("two-sided", s, "loss", pivoted=p) for p in (False, True) for s in SHARES]
-    return [*rules, *searched, *loss]
+    # The same ranks with the cut of least output error, so that rule and cut stand apart.
+    apart = [Variant("whitened", s, "loss") for s in (0.9, 0.7, 0.5)]
+    apart += [Variant("whitened", s, "loss", pivoted=True) for s in (0.9, 0.7, 0.5, 0.3)]
+    return [*rules, *searched, *loss, *apart]
 
 
 def _kinds() -> list[Variant]:
@@ -178,6 +181,9 @@ def _recovered() -> list[Variant]:
         for s in (0.5, 0.3, 0.2)
     ]
     trained = [replace(x, steps=STEPS, rate=rate) for rate in (RATE, RATE / 5) for x in low]
+    # Half of the numbers, pivoted, with no more than that: between two factors and searched ranks.
+    between = [Variant("whitened", 0.5, rule, pivoted=True) for rule in ("uniform", "loss")]
+    trained += [replace(x, steps=STEPS, rate=rate) for x in between for rate in (RATE, RATE / 5)]
     return [*found, *slow, *low, *trained]
 
 
@@ -211,5 +217,5 @@ def _few() -> list[Variant]:
     shares = (0.9, 0.7)
     uniform = [Variant(m, s, "uniform") for m in DECOMPOSED for s in shares if m != "two-sided"]
     pivoted = [Variant("whitened", s, "uniform", pivoted=True) for s in shares]
-    loss = [Variant("two-sided", s, "loss", pivoted=True) for s in shares]
+    loss = [Variant(m, s, "loss", pivoted=True) for m in ("two-sided", "whitened") for s in shares]
     return [Variant(), *uniform, *pivoted, *loss, Variant(bits=3, quantizer="gptq")]
