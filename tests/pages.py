@@ -4,7 +4,8 @@
 
 A script, not a test that pytest collects: it needs Chromium, chromedriver and a built book.
 A page fails on a request to another origin, a message of error on the console, a script exception,
-a page wider than a screen of 360 px, an image without alternative text, or, where a copy of
+a page wider than a screen of 360 px, an image without alternative text, a button that is pressed
+and loses the focus, or, where a copy of
 axe-core is named, a violation that axe finds in the light or the dark theme.
 """
 
@@ -52,6 +53,24 @@ return document.documentElement.scrollWidth + " px: " + wide.slice(0, 3).map(nam
 """
 NO_ALT = """
 return [...document.querySelectorAll("img:not([alt])")].map(node => node.getAttribute("src"));
+"""
+# The buttons that are pressed, one of each kind, and do not have the focus afterwards.
+LOST = """
+const done = arguments[0];
+const kinds = ["button.copybtn", "button.theme-switch-button"];
+const buttons = kinds.map(kind => document.querySelector(kind)).filter(Boolean);
+(async () => {
+  const lost = [];
+  for (const button of buttons) {
+    button.focus();
+    if (document.activeElement !== button) continue;  // hidden here
+    button.click();
+    await new Promise(next => setTimeout(next, 500));
+    if (document.activeElement !== button) lost.push(button.classList[0]);
+  }
+  localStorage.clear();  // the theme that was chosen
+  done(lost);
+})();
 """
 AXE = """
 const done = arguments[0];
@@ -141,6 +160,9 @@ def inspect(driver: Any, origin: str, page: str, axe: str, pictures: Path | None
             if axe:
                 driver.execute_script(axe)
                 faults += [f"axe, {where}: {one}" for one in driver.execute_async_script(AXE)]
+            if (theme, size) == (THEMES[-1], WIDE):
+                lost = driver.execute_async_script(LOST)
+                faults += [f"{where}: loses the focus, {one}" for one in lost]
             if pictures:
                 name = page.removesuffix(".html").replace("/", "-")
                 save_picture(driver, pictures / f"{name}-{size[0]}-{theme}.png")
