@@ -103,10 +103,10 @@ class Table:
 
 
 def _unbroken(cell: str) -> str:
-    """A cell in which no line ends between a number and its unit or its interval."""
+    """A cell in which no line ends before a number's unit, or begins with a plus-minus sign."""
     if _QUANTITY.fullmatch(cell):
         return cell.replace(" ", "&nbsp;")
-    return cell.replace(" ± ", "&nbsp;±&nbsp;")
+    return cell.replace(" ± ", "&nbsp;± ")
 
 
 def table(
