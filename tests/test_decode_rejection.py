@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from rooflm.lab.decode.chances import GREEDY, Sampling, chances, draw, one_hot, rank
-from rooflm.lab.decode.rejection import acceptance, residual, verify, verify_candidates
+from rooflm.lab.decode.rejection import (
+    acceptance,
+    residual,
+    verify,
+    verify_candidates,
+    verify_sequences,
+)
 
 DRAWS = 200_000
 
@@ -98,6 +104,23 @@ def test_several_candidates_come_out_as_the_target_draws_them(most, chi_square):
         assert share == pytest.approx(float(acceptance(p, q)), abs=0.005)
     else:
         assert share > float(acceptance(p, q)) + 0.01
+
+
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_independent_candidates_come_out_as_the_target_draws_them(most, chi_square):
+    p, q = random_chances(5, seed=10), random_chances(5, seed=11)
+    generator = torch.Generator().manual_seed(0)
+    tried = draw(q.expand(DRAWS, most, 5), generator)
+    which, token = verify_sequences(p, q, tried, generator)
+    kept = which >= 0
+    assert torch.equal(token[kept], tried[kept, which[kept]])
+    statistic, limit = chi_square(token.bincount(minlength=5).tolist(), p.tolist())
+    assert statistic < limit
+    share, alone = kept.double().mean().item(), float(acceptance(p, q))
+    if most == 1:
+        assert share == pytest.approx(alone, abs=0.005)
+    else:
+        assert alone + 0.01 < share < 1 - (1 - alone) ** most + 0.005
 
 
 def test_with_every_token_as_a_candidate_one_is_always_kept():

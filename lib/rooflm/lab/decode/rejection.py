@@ -93,6 +93,40 @@ def verify_candidates(
     return Choice(which, torch.where(which < 0, draw(p, generator), token))
 
 
+def verify_sequences(
+    p: Tensor, q: Tensor, candidates: Tensor, generator: torch.Generator
+) -> Choice:
+    """One place, several candidates that were drawn independently: SpecTr's K-SEQ.
+
+    Each is kept with chance min(1, p / (r q)), for the least r >= 1 at which what is left of the
+    target is nowhere negative; the first that passes comes out.
+
+    Parameters
+    ----------
+    p, q : (vocab,), of the target and of the draft.
+    candidates : (…, k), drawn from q with replacement.
+
+    Source: arXiv 2310.15141, algorithm 2; r by bisection of 1 - (1 - b)^k = r b, with
+    b = sum of min(q, p / r).
+    """
+    k = candidates.shape[-1]
+    low, high = 1.0, float(k)
+    for _ in range(60):
+        r = (low + high) / 2
+        b = float(torch.minimum(q, p / r).sum())
+        low, high = (r, high) if 1 - (1 - b) ** k > r * b else (low, r)
+    passing = torch.minimum(q, p / high)
+    b = float(passing.sum())
+    used = (1 - (1 - b) ** k) / b if b > 0 else 0.0
+    rest = (p - passing * used).clamp(min=0)
+    u = torch.rand(candidates.shape, generator=generator, dtype=p.dtype)
+    passed = u * high * q[candidates] < p[candidates]
+    which = torch.where(passed.any(-1), passed.int().argmax(-1), -1)
+    drawn = draw(rest.expand(*which.shape, len(p)), generator)
+    own = candidates.gather(-1, which.clamp(min=0)[..., None])[..., 0]
+    return Choice(which, torch.where(which < 0, drawn, own))
+
+
 def residual(p: Tensor, q: Tensor) -> Tensor:
     """What p has more than q, scaled to sum to 1, (…, vocab); p itself where it has nothing more.
 

@@ -79,7 +79,7 @@ def decode(
     generator : of the draws; greedy decoding needs none.
     """
     generator = generator or torch.Generator()
-    text, cache = _checked(prompt), FullCache()
+    text, cache = checked(prompt), FullCache()
     for _ in range(size("new_tokens", new_tokens)):
         states = model.states(text[None, cache.length :], cache)[:, -1]
         text = torch.cat([text, draw(chances(model.logits(states), sampling), generator)])
@@ -105,7 +105,7 @@ def speculate(
     """
     generator = generator or torch.Generator()
     size("draft_tokens", draft_tokens)
-    text, cache = _checked(prompt), FullCache()
+    text, cache = checked(prompt), FullCache()
     stop = len(text) + size("new_tokens", new_tokens)
     drafted: list[int] = []
     kept: list[int] = []
@@ -165,7 +165,8 @@ def _none(model: Transformer) -> Draft:
     return Draft(torch.empty(0, dtype=torch.int64), torch.empty(0, model.config.vocab))
 
 
-def _checked(prompt: Tensor) -> Tensor:
+def checked(prompt: Tensor) -> Tensor:
+    """A prompt, (tokens,), if it is one."""
     if prompt.dim() != 1 or not len(prompt):
         raise ValueError(f"prompt is of shape {tuple(prompt.shape)}; allowed: (tokens,), 1 or more")
     return prompt
