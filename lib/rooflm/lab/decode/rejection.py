@@ -10,8 +10,8 @@ distribution is what was left, and the next candidate is tried against that. Can
 without replacement have the draft's distribution without those that were tried.
 
 Sources: arXiv 2211.17192, algorithm 1 and appendix A.1 (why it is exact); arXiv 2302.01318,
-algorithm 2 and theorem 1; several drafts, SpecInfer, arXiv 2305.09781, algorithm 2
-(VerifyStochastic).
+algorithm 2 and theorem 1; several drafts, SpecInfer, arXiv 2305.09781; without
+replacement, recursive rejection sampling, arXiv 2402.14160; K-SEQ, SpecTr, arXiv 2310.15141.
 
 Chapter: speculative decoding.
 """
@@ -106,7 +106,7 @@ def verify_sequences(
     p, q : (vocab,), of the target and of the draft.
     candidates : (…, k), drawn from q with replacement.
 
-    Source: arXiv 2310.15141, algorithm 2; r by bisection of 1 - (1 - b)^k = r b, with
+    Source: SpecTr, arXiv 2310.15141 (K-SEQ); r by bisection of 1 - (1 - b)^k = r b, with
     b = sum of min(q, p / r).
     """
     k = candidates.shape[-1]

@@ -9,7 +9,7 @@ whose keys and values stay in the cache.
 Children are drawn from the draft's distribution without replacement. Where the likeliest token is
 taken, they are the likeliest ones of the draft.
 
-Sources: tree attention and verification, SpecInfer, arXiv 2305.09781, section 4; children without
+Sources: tree attention and verification, SpecInfer, arXiv 2305.09781; children without
 replacement, arXiv 2402.14160.
 
 Chapter: speculative decoding.
