@@ -1,5 +1,6 @@
 """Shared fixtures: the survey's model and device, a small model, a deterministic hypothesis."""
 
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -95,3 +96,21 @@ def short_novels():
         pairs.block_bytes.cache_clear()
 
     return short
+
+
+@pytest.fixture(scope="session")
+def chi_square():
+    """Pearson's statistic of counts, and what one of 10,000 right samples exceeds.
+
+    The limit is Wilson and Hilferty's (1931), within 1 % from two degrees of freedom on.
+    """
+
+    def found(counts, p):
+        total, used = sum(counts), [i for i, x in enumerate(p) if x > 0]
+        assert sum(counts[i] for i in used) == total, "a token came out that has no chance"
+        statistic = sum((counts[i] - total * p[i]) ** 2 / (total * p[i]) for i in used)
+        freedom = len(used) - 1
+        spread = 2 / (9 * freedom)
+        return statistic, freedom * (1 - spread + 3.719 * math.sqrt(spread)) ** 3
+
+    return found

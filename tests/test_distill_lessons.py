@@ -13,6 +13,7 @@ import torch
 
 from rooflm.lab import text, train
 from rooflm.lab.checkpoints import load_checkpoint
+from rooflm.lab.decode.writing import answer_logits, sample, token_logs
 from rooflm.lab.distill import workshop
 from rooflm.lab.distill.divergences import generalized_jsd, reverse_kl
 from rooflm.lab.distill.on_policy import on_policy, own_samples
@@ -25,7 +26,6 @@ from rooflm.lab.distill.ranked import (
     ranked_lesson,
     ranking_loss,
 )
-from rooflm.lab.distill.sampling import answer_logits, sample, token_logs
 from rooflm.lab.distill.teacher import Teacher
 from rooflm.lab.distill.text_only import complete, teacher_corpus
 from rooflm.lab.distill.white_box import OBJECTIVES as WHITE_BOX

@@ -7,6 +7,7 @@ import torch
 
 from rooflm.lab import train
 from rooflm.lab.bench import Bench
+from rooflm.lab.decode.writing import token_logs
 from rooflm.lab.distill import measure
 from rooflm.lab.distill.measure import (
     ALONE,
@@ -20,7 +21,6 @@ from rooflm.lab.distill.measure import (
     repeated,
     repeated_share,
 )
-from rooflm.lab.distill.sampling import token_logs
 from rooflm.lab.evaluate import prepare_reference
 from rooflm.lab.model import Config
 

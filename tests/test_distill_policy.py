@@ -5,9 +5,9 @@ from itertools import product
 import pytest
 import torch
 
+from rooflm.lab.decode.writing import token_logs
 from rooflm.lab.distill.divergences import reverse_kl
 from rooflm.lab.distill.policy import policy_loss, rewards_to_go
-from rooflm.lab.distill.sampling import token_logs
 
 VOCAB, LENGTH = 3, 3
 SEQUENCES = torch.tensor(list(product(range(VOCAB), repeat=LENGTH)))  # (27, 3)

@@ -243,6 +243,12 @@ class FullCache:
         self._filled[layer] = stop
         return self._keys[layer][:, :, :stop], self._values[layer][:, :, :stop]
 
+    def rewind(self, length: int) -> None:
+        """Forget what stands at position `length` and after it, in all layers."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length is {length}; allowed: 0 to {self.length}, what is held")
+        self._filled = [length] * len(self._filled)
+
 
 def _grown(buffer: Tensor, filled: int, needed: int) -> Tensor:
     b, g, _, d = buffer.shape

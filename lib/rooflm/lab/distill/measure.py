@@ -27,8 +27,8 @@ from torch import Tensor
 
 from rooflm.lab import pairs
 from rooflm.lab.bench import Bench
+from rooflm.lab.decode.writing import answer_logits, sample, token_logs
 from rooflm.lab.distill.divergences import reverse_kl, total_variation
-from rooflm.lab.distill.sampling import answer_logits, sample, token_logs
 from rooflm.lab.estimates import Estimate, ratio_estimate, share_estimate
 from rooflm.lab.evaluate import Reference, compare
 from rooflm.lab.maps import spread

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rooflm.lab.decode.writing import answer_logits, sample
 from rooflm.lab.distill.divergences import Divergence
-from rooflm.lab.distill.sampling import answer_logits, sample
 from rooflm.lab.model import Transformer
 from rooflm.lab.train import Lesson, Plan, draw_rows, step_generator
 from rooflm.roofline.numeric import size
@@ -41,7 +41,7 @@ def own_samples(
     ----------
     sources : prompts are drawn from them, as rows of text are by `train.draw`.
     row, prompt : tokens of a row, and of its prompt, which is text.
-    teacher, share : see `sampling.sample`.
+    teacher, share : see `writing.sample`.
     """
     size("prompt", prompt)
     if not prompt < row <= plan.tokens_per_step:

@@ -23,9 +23,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rooflm.lab.decode.writing import answer_logits, token_logs
 from rooflm.lab.distill.divergences import reverse_kl
 from rooflm.lab.distill.on_policy import PROMPT, ROW, own_samples
-from rooflm.lab.distill.sampling import answer_logits, token_logs
 from rooflm.lab.model import Transformer
 from rooflm.lab.train import Lesson, Plan
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from rooflm.lab import text
+from rooflm.lab.decode.writing import answer_logits, sample, token_logs
 from rooflm.lab.distill.on_policy import PROMPT, ROW
-from rooflm.lab.distill.sampling import answer_logits, sample, token_logs
 from rooflm.lab.model import Transformer
 from rooflm.lab.train import Lesson, Plan, draw_rows, step_generator
 from rooflm.roofline.numeric import size

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rooflm.lab import text
-from rooflm.lab.distill.sampling import sample
+from rooflm.lab.decode.writing import sample
 from rooflm.lab.model import Transformer
 from rooflm.lab.stored import write_whole
 from rooflm.lab.train import draw_rows

@@ -1,0 +1,1 @@
+"""Decoding: how tokens are drawn, drafted, verified, and given up on early."""
