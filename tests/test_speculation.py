@@ -85,6 +85,13 @@ def test_both_models_have_to_fit():
     assert huge.fits is False
 
 
+def test_no_drafts_are_plain_decoding():
+    found = speculation(LARGE, SMALL, CARD, 0.7, draft_tokens=np.arange(3))
+    assert found.speedup[0] == 1 and found.draft_seconds[0] == 0
+    alone = speculation(LARGE, SMALL, CARD, 0.7, draft_tokens=2)
+    assert found.speedup[2] == pytest.approx(alone.speedup)
+
+
 def test_a_draft_of_nothing_costs_nothing_and_a_bad_draft_only_costs():
     lookup = speculation(LARGE, None, CARD, 0.4)
     assert lookup.draft_seconds == 0 and lookup.speedup > 1
@@ -104,7 +111,7 @@ def test_it_stops_paying_where_work_binds():
     [
         ({"acceptance": 1.2}, "acceptance is 1.2"),
         ({"acceptance": np.array([0.5, -0.1])}, "acceptance is"),
-        ({"acceptance": 0.5, "draft_tokens": 0}, "draft_tokens is 0"),
+        ({"acceptance": 0.5, "draft_tokens": -1}, "draft_tokens is -1"),
         ({"acceptance": 0.5, "context": 0}, "context is 0"),
     ],
 )

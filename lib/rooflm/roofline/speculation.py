@@ -131,7 +131,7 @@ def speculation(
     ----------
     target, draft : models; a draft of None costs nothing (n-grams of the text).
     acceptance : the chance that a draft is kept, 0 to 1.
-    draft_tokens : drafts for a pass.
+    draft_tokens : drafts for a pass; 0 for plain decoding.
     batch, context : sequences, and tokens that each holds before the pass, the last of them not
         yet read: what a decode step of this context would read.
     device, precision, attention, calibration : as in `analyze`, for both models.
@@ -150,7 +150,7 @@ def speculation(
     if outside.any() if outside is not None else not 0 <= acceptance <= 1:
         raise ValueError(f"acceptance is {shorten(acceptance)}; allowed: 0 to 1")
     target, device, p = load_model(target), load_hardware(device), precision_of(precision)
-    n, context = size("draft_tokens", draft_tokens), size("context", context)
+    n, context = size("draft_tokens", draft_tokens, smallest=0), size("context", context)
 
     def seconds(model: Model, step: ForwardPass) -> Number:
         return analyze(model, device, step, p, attention, calibration=calibration).seconds
@@ -161,10 +161,9 @@ def speculation(
     needed = memory(target, p, batch, context + n, n + 1, attention=attention)
     if draft is not None:
         draft = load_model(draft)
-        # Time is straight in the context between the edges of windows; the middle stands for all.
-        middle = context + (n - 1) / 2
+        # Time is straight in the context between the edges of windows: n steps, each at its own.
         low, high = (seconds(draft, ForwardPass.decode(batch, x)) for x in (context, context + n))
-        drafting = n * (low + (high - low) * (middle - context) / n)
+        drafting = n * low + (high - low) * (n - 1) / 2
         own = memory(draft, p, batch, context + n, 1, attention=attention)
         needed = Memory(
             needed.weights + own.weights,
