@@ -1,6 +1,8 @@
 """Shared fixtures: the survey's model and device, a small model, a deterministic hypothesis."""
 
+import copy
 import math
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -112,5 +114,53 @@ def chi_square():
         freedom = len(used) - 1
         spread = 2 / (9 * freedom)
         return statistic, freedom * (1 - spread + 3.719 * math.sqrt(spread)) ** 3
+
+    return found
+
+
+@pytest.fixture(scope="session")
+def drafting(sharp):
+    """A tiny target in float64, and a draft that is the target with some noise: half right."""
+    torch = pytest.importorskip("torch")
+    from rooflm.lab.model import Config
+
+    config = Config(16, hidden=16, layers=2, heads=2, kv_heads=1, intermediate=24)
+    target = sharp(config).double()
+    draft, generator = copy.deepcopy(target), torch.Generator().manual_seed(5)
+    for parameter in draft.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.add_(0.25 * parameter.std(unbiased=False) * noise)
+    return target, draft
+
+
+@pytest.fixture(scope="session")
+def greedy_texts(drafting):
+    """A thousand prompts, and what the target makes of each by plain greedy decoding."""
+    import torch
+
+    from rooflm.lab.decode.speculative import decode
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 9, (1_000,), generator=generator).tolist()
+    prompts = [torch.randint(16, (n,), generator=generator) for n in lengths]
+    return [(prompt, decode(drafting[0], prompt, 10).tokens) for prompt in prompts]
+
+
+@pytest.fixture(scope="session")
+def changed_parts():
+    """Which parts of an explorer's page another value of a control changes."""
+    parts = {
+        "table": r"<tbody>.*</tbody>",
+        "status": r'role="status">([^<]+)<',
+        "figure": r'base64,([^"]+)"',
+    }
+
+    def found(explorer, name, value):
+        pages = [explorer.show(**{**explorer.start, **x}) for x in ({name: value}, {})]
+        assert 'role="alert"' not in pages[0]
+        new, old = (
+            {k: re.search(x, page, re.DOTALL)[0] for k, x in parts.items()} for page in pages
+        )
+        return {part for part in parts if new[part] != old[part]}
 
     return found

@@ -12,17 +12,14 @@ CONFIG = Config(16, hidden=16, layers=2, heads=2, kv_heads=1, intermediate=24)
 PROMPTS, NEW = 1_000, 10
 
 
-@pytest.fixture(scope="module")
-def target(sharp):
-    return sharp(CONFIG).double()
+@pytest.fixture
+def target(drafting):
+    return drafting[0]
 
 
-@pytest.fixture(scope="module")
-def written(target):
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 9, (PROMPTS,), generator=generator).tolist()
-    prompts = [torch.randint(16, (n,), generator=generator) for n in lengths]
-    return [(prompt, decode(target, prompt, NEW).tokens) for prompt in prompts]
+@pytest.fixture
+def written(greedy_texts):
+    return greedy_texts
 
 
 def test_jacobi_emits_what_greedy_decoding_does(target, written):

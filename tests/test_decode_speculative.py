@@ -1,7 +1,5 @@
 """Speculative decoding emits what plain decoding does, token for token, and counts what it did."""
 
-import copy
-
 import pytest
 import torch
 
@@ -20,25 +18,14 @@ CONFIG = Config(16, hidden=16, layers=2, heads=2, kv_heads=1, intermediate=24)
 PROMPTS, NEW = 1_000, 10
 
 
-@pytest.fixture(scope="module")
-def models(sharp):
-    """A target, and a draft that is the target with some noise: half right, half wrong."""
-    target = sharp(CONFIG).double()
-    draft = copy.deepcopy(target)
-    generator = torch.Generator().manual_seed(5)
-    for parameter in draft.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.add_(0.25 * parameter.std(unbiased=False) * noise)
-    return target, draft
+@pytest.fixture
+def models(drafting):
+    return drafting
 
 
-@pytest.fixture(scope="module")
-def written(models):
-    """Prompts, and what plain greedy decoding makes of them."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 9, (PROMPTS,), generator=generator).tolist()
-    prompts = [torch.randint(16, (n,), generator=generator) for n in lengths]
-    return [(prompt, decode(models[0], prompt, NEW).tokens) for prompt in prompts]
+@pytest.fixture
+def written(greedy_texts):
+    return greedy_texts
 
 
 def test_plain_greedy_decoding_is_the_likeliest_token_of_the_whole_text(models, written):

@@ -1,12 +1,9 @@
 """Trees of drafts: each branch is read as if it were alone, and what comes out is the target's."""
 
-import copy
-
 import pytest
 import torch
 
 from rooflm.lab.decode.chances import GREEDY, Sampling, chances
-from rooflm.lab.decode.speculative import decode
 from rooflm.lab.decode.trees import (
     TreeCache,
     TreeDrafter,
@@ -19,27 +16,17 @@ from rooflm.lab.model import Config
 CONFIG = Config(16, hidden=16, layers=2, heads=2, kv_heads=1, intermediate=24)
 PARENTS = torch.tensor([-1, 0, 0, 1, 1, 2, 5])
 TOKENS = torch.tensor([3, 1, 4, 1, 5, 9, 2])
-PROMPTS, NEW = 1_000, 8
+PROMPTS, NEW = 1_000, 10
 
 
-@pytest.fixture(scope="module")
-def models(sharp):
-    target = sharp(CONFIG).double()
-    draft = copy.deepcopy(target)
-    generator = torch.Generator().manual_seed(5)
-    for parameter in draft.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.add_(0.25 * parameter.std(unbiased=False) * noise)
-    return target, draft
+@pytest.fixture
+def models(drafting):
+    return drafting
 
 
-@pytest.fixture(scope="module")
-def written(models):
-    """Prompts, and what plain greedy decoding makes of them."""
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 9, (PROMPTS,), generator=generator).tolist()
-    prompts = [torch.randint(16, (n,), generator=generator) for n in lengths]
-    return [(prompt, decode(models[0], prompt, NEW).tokens) for prompt in prompts]
+@pytest.fixture
+def written(greedy_texts):
+    return greedy_texts
 
 
 def path_to(node):

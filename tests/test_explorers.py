@@ -55,6 +55,19 @@ def test_it_starts_at_values_that_its_controls_offer(made, name):
     assert len(set(labels)) == len(labels) and all(labels)
 
 
+@pytest.mark.parametrize(
+    "name", ["distillation_explorer", "low_rank_explorer", "sparsity_explorer"]
+)
+def test_every_choice_can_be_had(made, name):
+    explorer = made[name]
+    for control in explorer.controls:
+        if control.name not in ("model", "device"):
+            for value in control.options:
+                shown = explorer.show(**{**explorer.start, control.name: value})
+                status = re.search(r'role="status">([^<]+)<', shown)
+                assert status and "None" not in status[1] and status[1].endswith(".")
+
+
 @pytest.mark.parametrize("name", EXPLORERS)
 def test_an_unknown_control_is_named(name):
     with pytest.raises(ValueError, match="unknown control 'colours'"):

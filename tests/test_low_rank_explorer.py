@@ -7,7 +7,7 @@ import pytest
 import rooflm
 from rooflm import Calibration, ForwardPass, Precision, show
 from rooflm.roofline.factorized import factorize
-from rooflm.show.low_rank_explorer import CONTEXT, LOW_RANK_CONTROLS, low_rank_costs
+from rooflm.show.low_rank_explorer import CONTEXT, low_rank_costs
 
 LLAMA = "meta-llama/Llama-2-7b-hf"
 CHANGES = [("model", "meta-llama/Llama-3.1-8B"), ("device", "nvidia-v100"), ("projection", "down"),
@@ -20,26 +20,15 @@ def explorer():
 
 
 @pytest.mark.parametrize(("name", "value"), CHANGES)
-def test_every_control_changes_what_is_shown(explorer, name, value):
-    shown, start = explorer.show(**{**explorer.start, name: value}), explorer.show(**explorer.start)
-    assert 'role="alert"' not in shown
-    patterns = [r"<tbody>.*</tbody>", r'role="status">([^<]+)<']
+def test_every_control_changes_what_is_shown(explorer, changed_parts, name, value):
+    changed = changed_parts(explorer, name, value)
+    assert {"table", "status"} <= changed
     if name != "model":  # q_proj of both is as large
-        patterns.append(r'base64,([^"]+)"')
-    for pattern in patterns:
-        new, old = (re.search(pattern, text, re.DOTALL)[0] for text in (shown, start))
-        assert new != old, pattern
+        assert "figure" in changed
 
 
 def test_no_control_is_left_untried(explorer):
     assert {name for name, _ in CHANGES} == {control.name for control in explorer.controls}
-
-
-def test_every_choice_can_be_had(explorer):
-    for control in LOW_RANK_CONTROLS:
-        if control.name not in ("model", "device"):
-            for value in control.options:
-                assert 'role="status"' in explorer.show(**{**explorer.start, control.name: value})
 
 
 @pytest.mark.parametrize("tokens", [1, 300])

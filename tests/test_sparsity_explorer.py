@@ -9,7 +9,7 @@ import pytest
 import rooflm
 from rooflm import ForwardPass, Precision, show
 from rooflm.roofline.removal import shrink
-from rooflm.show.sparsity_explorer import CONTEXT, SPARSITY_CONTROLS, sparse_plans
+from rooflm.show.sparsity_explorer import CONTEXT, sparse_plans
 
 module = sys.modules["rooflm.show.sparsity_explorer"]  # the function of that name hides it
 LLAMA = "meta-llama/Llama-2-7b-hf"
@@ -23,27 +23,15 @@ def explorer():
 
 
 @pytest.mark.parametrize(("name", "value"), CHANGES)
-def test_every_control_changes_what_is_shown(explorer, name, value):
-    shown, start = explorer.show(**{**explorer.start, name: value}), explorer.show(**explorer.start)
-    assert 'role="alert"' not in shown
-    patterns = [r"<tbody>.*</tbody>", r'role="status">([^<]+)<']
+def test_every_control_changes_what_is_shown(explorer, changed_parts, name, value):
+    changed = changed_parts(explorer, name, value)
+    assert {"table", "status"} <= changed
     if name not in ("pattern", "device"):  # the device scales both times under the memory roof
-        patterns.append(r'base64,([^"]+)"')
-    for pattern in patterns:
-        new, old = (re.search(pattern, text, re.DOTALL)[0] for text in (shown, start))
-        assert new != old, pattern
+        assert "figure" in changed
 
 
 def test_no_control_is_left_untried(explorer):
     assert {name for name, _ in CHANGES} == {control.name for control in explorer.controls}
-
-
-def test_every_choice_can_be_had(explorer):
-    for control in SPARSITY_CONTROLS:
-        if control.name not in ("model", "device"):
-            for value in control.options:
-                words = module._verdict(**{**explorer.start, control.name: value})
-                assert "None" not in words and words.endswith(".")
 
 
 def test_its_plans_are_the_librarys():

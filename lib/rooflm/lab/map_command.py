@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rooflm.lab.bench import checkpoint_digest
-from rooflm.lab.command import OneLineParser, attempt
-from rooflm.lab.maps import MapFile
+from rooflm.lab.command import OneLineParser, attempt, say
+from rooflm.lab.maps import MapFile, Variant
+from rooflm.lab.rows import Row
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,21 @@ class Job:
     tokens: int
     path: Path
     given: argparse.Namespace
+
+    def fill(
+        self,
+        file: MapFile,
+        tokens: int,
+        wanted: Iterable[Variant],
+        names: Callable[[Variant], Row],
+        measure: Callable[[Variant], Row],
+        words: Callable[[Row], str],
+    ) -> None:
+        """Measure what the job's file does not hold yet; arguments as of `MapFile.fill`."""
+        file.fill(
+            self.path, self.name, self.digest, tokens, wanted, names, measure, words,
+            self.given.fresh, say,
+        )  # fmt: skip
 
     def wants(self, method: str) -> bool:
         """Whether variants of a method were asked for."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from rooflm.roofline.config import load_model
+from rooflm.roofline.hardware import load_hardware
 from rooflm.roofline.numeric import unknown
 from rooflm.show.canvas import Figure
 from rooflm.show.words import number
@@ -132,6 +134,25 @@ def whole_setting(controls: Sequence[Control], given: Mapping[str, Any]) -> dict
         if name not in whole:
             raise unknown("control", name, whole)
     return whole | dict(given)
+
+
+def on_a_device(
+    controls: Sequence[Control],
+    verdict: Callable[..., str],
+    view: Callable[..., str],
+    model: str,
+    device: str,
+    settings: Mapping[str, Any],
+) -> Explorer:
+    """An explorer that starts with a model on a device, by whatever names they go.
+
+    Parameters
+    ----------
+    controls, verdict, view : as of `Explorer`.
+    settings : where the other controls start.
+    """
+    names = {"model": load_model(model).name, "device": load_hardware(device).name}
+    return Explorer(starting_at(controls, **{**settings, **names}), verdict, view)
 
 
 def figure_html(figure: Figure, caption: str) -> str:

@@ -14,7 +14,7 @@ from rooflm.show.explorer import (
     Explorer,
     doubling,
     figure_html,
-    starting_at,
+    on_a_device,
     whole_setting,
 )
 from rooflm.show.figures import bars
@@ -73,8 +73,7 @@ def finetuning_explorer(
     model, device : where it starts.
     settings : where the other controls start: base, rank, batch, tokens, activations.
     """
-    settings |= {"model": load_model(model).name, "device": load_hardware(device).name}
-    return Explorer(starting_at(FINETUNING_CONTROLS, **settings), _verdict, _view)
+    return on_a_device(FINETUNING_CONTROLS, _verdict, _view, model, device, settings)
 
 
 def _verdict(**s: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rooflm.roofline.analysis import Report, analyze
-from rooflm.roofline.config import load_model, model_names
+from rooflm.roofline.config import model_names
 from rooflm.roofline.formats import Precision
 from rooflm.roofline.hardware import hardware_names, load_hardware
 from rooflm.roofline.model import ForwardPass
@@ -14,7 +14,7 @@ from rooflm.show.explorer import (
     Explorer,
     doubling,
     figure_html,
-    starting_at,
+    on_a_device,
     whole_setting,
 )
 from rooflm.show.stacks import memory_bars
@@ -71,8 +71,7 @@ def kv_bits_explorer(
     model, device : where it starts.
     settings : where the other controls start: batch, context, weights, kv_cache.
     """
-    settings |= {"model": load_model(model).name, "device": load_hardware(device).name}
-    return Explorer(starting_at(KV_BITS_CONTROLS, **settings), _verdict, _view)
+    return on_a_device(KV_BITS_CONTROLS, _verdict, _view, model, device, settings)
 
 
 def _verdict(**s: Any) -> str:

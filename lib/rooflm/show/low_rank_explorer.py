@@ -30,7 +30,7 @@ from rooflm.show.explorer import (
     Explorer,
     doubling,
     figure_html,
-    starting_at,
+    on_a_device,
     whole_setting,
 )
 from rooflm.show.figures import lines
@@ -119,8 +119,7 @@ def low_rank_explorer(
     model, device : where it starts.
     settings : where the other controls start: projection, weights, share, tokens, overhead.
     """
-    settings |= {"model": load_model(model).name, "device": load_hardware(device).name}
-    return Explorer(starting_at(LOW_RANK_CONTROLS, **settings), _verdict, _view)
+    return on_a_device(LOW_RANK_CONTROLS, _verdict, _view, model, device, settings)
 
 
 def _verdict(**s: Any) -> str:

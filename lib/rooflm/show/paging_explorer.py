@@ -18,7 +18,7 @@ from rooflm.show.explorer import (
     Explorer,
     doubling,
     figure_html,
-    starting_at,
+    on_a_device,
     whole_setting,
 )
 from rooflm.show.figures import bars
@@ -121,8 +121,7 @@ def paging_explorer(
     settings : where the other controls start: weights, block_tokens, prompt, output, spread,
         longest, shared.
     """
-    settings |= {"model": load_model(model).name, "device": load_hardware(device).name}
-    return Explorer(starting_at(PAGING_CONTROLS, **settings), _verdict, _view)
+    return on_a_device(PAGING_CONTROLS, _verdict, _view, model, device, settings)
 
 
 def _verdict(**s: Any) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from rooflm.roofline.analysis import Report, analyze
 from rooflm.roofline.config import load_model, model_names
 from rooflm.roofline.formats import Format, Precision, load_format
-from rooflm.roofline.hardware import hardware_names, load_hardware
+from rooflm.roofline.hardware import hardware_names
 from rooflm.roofline.model import ForwardPass, Model
 from rooflm.roofline.numeric import unknown
 from rooflm.roofline.removal import shrink
@@ -21,7 +21,7 @@ from rooflm.show.explorer import (
     Explorer,
     doubling,
     figure_html,
-    starting_at,
+    on_a_device,
     whole_setting,
 )
 from rooflm.show.figures import lines
@@ -78,8 +78,7 @@ def sparsity_explorer(
     model, device : where it starts.
     settings : where the other controls start: values, pattern, sparsity, phase, batch.
     """
-    settings |= {"model": load_model(model).name, "device": load_hardware(device).name}
-    return Explorer(starting_at(SPARSITY_CONTROLS, **settings), _verdict, _view)
+    return on_a_device(SPARSITY_CONTROLS, _verdict, _view, model, device, settings)
 
 
 def _verdict(**s: Any) -> str:

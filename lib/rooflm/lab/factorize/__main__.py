@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 
 from rooflm.lab.bench import MAP_TOKENS, WINDOW
-from rooflm.lab.command import say
 from rooflm.lab.factorize.bench import FactorizeBench
 from rooflm.lab.factorize.sweep import MAP, sweep
 from rooflm.lab.factorize.variants import METHODS, variants
@@ -18,7 +17,7 @@ from rooflm.lab.map_command import Job, MapCommand
 def _measure(job: Job) -> None:
     bench = FactorizeBench.load(job.model, job.tokens)
     wanted = [v for v in variants(job.name, bench.model.config) if job.wants(v.method)]
-    sweep(bench, wanted, job.path, job.name, job.digest, job.given.fresh, say)
+    sweep(bench, wanted, job)
 
 
 COMMAND = MapCommand(

@@ -22,7 +22,7 @@ Chapter: factorization.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from rooflm.lab.estimates import Estimate, ratio_estimate
 from rooflm.lab.factorize.bench import Built, FactorizeBench
 from rooflm.lab.factorize.laser import correct_tokens
 from rooflm.lab.factorize.variants import Variant
+from rooflm.lab.map_command import Job
 from rooflm.lab.quantize.gptq import output_error
 from rooflm.lab.rows import Row
 
@@ -90,23 +91,19 @@ def more_correct(
 def sweep(
     bench: FactorizeBench,
     wanted: Iterable[Variant],
-    path: Path,
-    name: str,
-    digest: str,
-    fresh: bool = False,
-    say: Callable[[str], None] = print,
+    job: Job,
 ) -> None:
-    """Measure what the file does not hold yet, as `MapFile.fill` does."""
+    """Measure what the file does not hold yet, as `Job.fill` does."""
 
     def words(row: Row) -> str:
         size, loss = row["decode_bytes"] / 1e6, row["difference"]
-        return f"{name}, {label(row)}: {size:.2f} MB a token, {loss:+.4f} bits per byte"
+        return f"{job.name}, {label(row)}: {size:.2f} MB a token, {loss:+.4f} bits per byte"
 
     def names(variant: Variant) -> Row:
         return dict(variant.names)
 
     measure = partial(_measured, bench)
-    MAP.fill(path, name, digest, bench.tokens, wanted, names, measure, words, fresh, say)
+    job.fill(MAP, bench.tokens, wanted, names, measure, words)
 
 
 def _measured(bench: FactorizeBench, variant: Variant) -> Row:

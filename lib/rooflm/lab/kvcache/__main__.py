@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 
-from rooflm.lab.command import say
 from rooflm.lab.kvcache import sweep as measured
 from rooflm.lab.kvcache.sweep import BLOCK, CASES, MAP, METHODS, TOKENS
 from rooflm.lab.map_command import Job, MapCommand
@@ -16,7 +15,7 @@ from rooflm.lab.map_command import Job, MapCommand
 def _measure(job: Job) -> None:
     wanted = [x for x in measured.variants(job.name) if job.wants(x.method)]
     bench = measured.make_bench(job.model, job.tokens, job.given.cases)
-    measured.sweep(bench, wanted, job.path, job.name, job.digest, job.given.fresh, say)
+    measured.sweep(bench, wanted, job)
 
 
 COMMAND = MapCommand(

@@ -47,6 +47,7 @@ from rooflm.lab.kvcache.evicting import (
 from rooflm.lab.kvcache.quantized import QUANTIZED
 from rooflm.lab.kvcache.retrieval import make_cases, retrieve
 from rooflm.lab.kvcache.windowed import WindowedCache
+from rooflm.lab.map_command import Job
 from rooflm.lab.maps import spread
 from rooflm.lab.model import Cache, FullCache, Transformer
 from rooflm.lab.quantize.apply import quantize_model
@@ -265,18 +266,14 @@ def by_depth(row: Mapping[str, Any]) -> dict[float, Estimate]:
 def sweep(
     bench: Bench,
     wanted: Iterable[Variant],
-    path: Path,
-    name: str,
-    digest: str,
-    fresh: bool = False,
-    say: Callable[[str], None] = print,
+    job: Job,
 ) -> None:
-    """Measure what the file does not hold yet, as `MapFile.fill` does."""
+    """Measure what the file does not hold yet, as `Job.fill` does."""
 
     def words(row: Row) -> str:
         told = f", {row['exact']:.0%} retrieved" if row["exact"] is not None else ""
         size, loss = row["bytes_per_token"], row["difference"]
-        return f"{name}, {label(row)}: {size:.0f} B/token, {loss:+.4f} bits per byte{told}"
+        return f"{job.name}, {label(row)}: {size:.0f} B/token, {loss:+.4f} bits per byte{told}"
 
     tokens = int(bench.full.blocks.tokens.sum())
-    MAP.fill(path, name, digest, tokens, wanted, asdict, bench.measure, words, fresh, say)
+    job.fill(MAP, tokens, wanted, asdict, bench.measure, words)

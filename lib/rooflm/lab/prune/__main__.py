@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 
 from rooflm.lab.bench import MAP_TOKENS, WINDOW
-from rooflm.lab.command import say
 from rooflm.lab.map_command import Job, MapCommand
 from rooflm.lab.prune.recipes import CRITERIA, METHODS
 from rooflm.lab.prune.sweep import MAP, PruneBench, sweep
@@ -19,7 +18,7 @@ def _measure(job: Job) -> None:
     bench = PruneBench.load(job.model, job.tokens)
     config = bench.model.config
     wanted = [x for x in variants(job.name) if job.wants(names_of(x, config)["method"])]
-    sweep(bench, wanted, job.path, job.name, job.digest, job.given.fresh, say)
+    sweep(bench, wanted, job)
 
 
 COMMAND = MapCommand(

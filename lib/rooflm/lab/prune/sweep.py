@@ -21,7 +21,7 @@ Chapter: pruning.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from rooflm.lab.bench import (
     decode_bytes,
     linear_weights,
 )
+from rooflm.lab.map_command import Job
 from rooflm.lab.model import Transformer
 from rooflm.lab.prune import apply
 from rooflm.lab.prune.recipes import Recipe, Removal
@@ -115,13 +116,9 @@ def find_row(rows: Iterable[Row], variant: Variant) -> Row:
 def sweep(
     bench: PruneBench,
     wanted: Iterable[Variant],
-    path: Path,
-    name: str,
-    digest: str,
-    fresh: bool = False,
-    say: Callable[[str], None] = print,
+    job: Job,
 ) -> None:
-    """Measure what the file does not hold yet, as `MapFile.fill` does; the full model first."""
+    """Measure what the file does not hold yet, as `Job.fill` does; the full model first."""
 
     def words(row: Row) -> str:
         return f"{label(row)}: {row['difference']:+.4f} bits per byte"
@@ -132,7 +129,7 @@ def sweep(
     def measure(variant: Variant) -> Row:
         return _measured(bench, variant)
 
-    MAP.fill(path, name, digest, bench.tokens, [None, *wanted], names, measure, words, fresh, say)
+    job.fill(MAP, bench.tokens, [None, *wanted], names, measure, words)
 
 
 def _measured(bench: PruneBench, variant: Variant) -> Row:

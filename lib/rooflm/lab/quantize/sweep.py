@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from typing import Any
 
 from rooflm.lab import maps
 from rooflm.lab.bench import MAP_TOKENS, SMOLLM2, WINDOW, checkpoint_digest
-from rooflm.lab.command import say
 from rooflm.lab.estimates import Estimate
 from rooflm.lab.evaluate import Comparison, compare
 from rooflm.lab.map_command import Job, MapCommand
@@ -133,13 +132,9 @@ def comparison(row: Mapping[str, Any]) -> Comparison:
 def sweep(
     bench: QuantizeBench,
     recipes: Iterable[Recipe],
-    path: Path,
-    name: str,
-    digest: str,
-    fresh: bool = False,
-    say: Callable[[str], None] = print,
+    job: Job,
 ) -> None:
-    """Measure what the file does not hold yet, as `MapFile.fill` does; the full model first."""
+    """Measure what the file does not hold yet, as `Job.fill` does; the full model first."""
 
     def words(row: Row) -> str:
         bits, loss = row["bits_per_weight"], row["difference"]
@@ -147,7 +142,7 @@ def sweep(
 
     wanted: list[Recipe | None] = [None, *recipes]
     measure = partial(_measured, bench)
-    MAP.fill(path, name, digest, bench.tokens, wanted, _names, measure, words, fresh, say)
+    job.fill(MAP, bench.tokens, wanted, _names, measure, words)
 
 
 def _measured(bench: QuantizeBench, recipe: Recipe | None) -> Row:
@@ -192,7 +187,7 @@ def _names(recipe: Recipe | None) -> dict[str, Any]:
 def _measure(job: Job) -> None:
     recipes = [recipe for recipe in variants(job.name) if job.wants(recipe.method)]
     bench = make_bench(job.model, job.tokens)
-    sweep(bench, recipes, job.path, job.name, job.digest, job.given.fresh, say)
+    sweep(bench, recipes, job)
 
 
 COMMAND = MapCommand(
