@@ -160,12 +160,12 @@ def inspect(driver: Any, origin: str, page: str, axe: str, pictures: Path | None
             if axe:
                 driver.execute_script(axe)
                 faults += [f"axe, {where}: {one}" for one in driver.execute_async_script(AXE)]
-            if (theme, size) == (THEMES[-1], WIDE):
-                lost = driver.execute_async_script(LOST)
-                faults += [f"{where}: loses the focus, {one}" for one in lost]
             if pictures:
                 name = page.removesuffix(".html").replace("/", "-")
                 save_picture(driver, pictures / f"{name}-{size[0]}-{theme}.png")
+            if (theme, size) == (THEMES[-1], WIDE):  # last: it changes the theme
+                lost = driver.execute_async_script(LOST)
+                faults += [f"{where}: loses the focus, {one}" for one in lost]
     return list(dict.fromkeys(faults))
 
 
